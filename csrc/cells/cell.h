@@ -1,0 +1,84 @@
+/* cell.h: what a cell is to the engine: a row of stages, each a product and a pointwise part.
+ * Knows vectors and the layout of a block of rows; the pointwise parts beside it are to be read next
+ * to reference.py, where each equation stands with its source.
+ *
+ * A step computes pre-activations z in `slots` vectors per block of units: input product W x into
+ * slots [input.slot, +input.n), then stage by stage a product with R and a pointwise part. Stage 0
+ * multiplies h; a second stage multiplies m, which the first one made of h (GRU, reset before the
+ * product). Backward runs the stages from the last: pointwise gives dz, the product gives dm or dh. */
+
+#define RF_MAX_SLOTS 4
+#define RF_MAX_STAGES 2
+
+/* Slots that a product adds to, and the parameter gate (block of H rows) that goes into each. */
+typedef struct {
+    int slot, n;
+    int gates[RF_MAX_SLOTS];
+} gate_slots;
+
+/* A block of rows and units at one step, forward. Row pointers lead to [H], gates to [Gt][H]. */
+typedef struct {
+    ptrdiff_t H, rows;
+    ptrdiff_t unit0, unit1; /* units [unit0, unit1), unit0 on a vector's border */
+    const T *z;             /* in [rows][unit block][slot][W], from unit 0 on */
+    ptrdiff_t z_row;
+    const T *const *h_prev; /* in */
+    const T *const *c_prev; /* in; may be the same rows as c */
+    T *const *h;            /* out: read by the next step */
+    T *const *y;            /* out: the caller's copy of h */
+    T *const *c;            /* out */
+    T *const *gates;        /* out: tape, or NULL */
+    T *const *m;            /* out of stage 0, operand of stage 1 */
+} forward_block;
+
+/* All units of a block of rows at one step, backward. */
+typedef struct {
+    ptrdiff_t H, rows;
+    const T *const *gates, *const *h_prev, *const *h, *const *c_prev, *const *c; /* in: tape */
+    const T *const *dy; /* in, or NULL: zeros */
+    T *const *dh; /* in: carried from step t+1, without dy; out: what is carried past the products */
+    T *const *dc; /* in: carried from step t+1; out: carried to step t-1 */
+    T *const *dz; /* out [slot][H] */
+    T *const *dm; /* in of stage 0: gradient of m */
+    T *const *m;  /* out of stage 0: m again, for the gradient of its weights */
+} backward_block;
+
+typedef struct {
+    gate_slots recurrent;
+    void (*forward)(const forward_block *);
+    void (*backward)(const backward_block *);
+} cell_stage;
+
+typedef struct {
+    int gates, slots, tape_gates, has_c;
+    gate_slots input;
+    int stages;
+    cell_stage stage[RF_MAX_STAGES];
+} cell;
+
+/* Loops of a pointwise part over rows r and vectors of units u; n is the number of units left. */
+#define FOR_UNITS(block, from, to)                                                                \
+    for (ptrdiff_t r = 0; r < (block)->rows; r++)                                                 \
+        for (ptrdiff_t u = (from), n; n = (to) - u, u < (to); u += W)
+
+/* The pre-activation in a slot. */
+RF_INLINE vec z_slot(const forward_block *b, ptrdiff_t r, ptrdiff_t u, int slots, int slot) {
+    return load(b->z + r * b->z_row + u * slots + slot * W);
+}
+
+RF_INLINE vec get(const T *const *rows, ptrdiff_t r, ptrdiff_t u, ptrdiff_t n) {
+    return load_lanes(rows[r] + u, n);
+}
+RF_INLINE void put(T *const *rows, ptrdiff_t r, ptrdiff_t u, ptrdiff_t n, vec v) {
+    store_lanes(rows[r] + u, n, v);
+}
+
+/* Gradient that reaches h: from the step after, and from y. */
+RF_INLINE vec dh_total(const backward_block *b, ptrdiff_t r, ptrdiff_t u, ptrdiff_t n) {
+    const vec dh = load(b->dh[r] + u);
+    return b->dy ? dh + get(b->dy, r, u, n) : dh;
+}
+
+/* Derivatives in terms of the activation's value; (1-s)(1+s) keeps its digits near 1. */
+RF_INLINE vec dsigmoid(vec s) { return s * (1 - s); }
+RF_INLINE vec dtanh(vec t) { return (1 - t) * (1 + t); }

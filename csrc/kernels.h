@@ -1,0 +1,120 @@
+/* kernels.h: the argument structs and the table of kernels; the whole interface of csrc.
+ * Knows sizes and pointers. Callers (the Cython layer, the C driver) own all memory, check all
+ * arguments and overflow of sizes; kernels do not allocate, do not fail and keep no pointer. */
+#ifndef RF_KERNELS_H
+#define RF_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define RF_MAX_DIRECTIONS 2
+
+/* Numbers as in rnnfast/cells.py. */
+typedef enum {
+    RF_RNN_TANH,
+    RF_RNN_RELU,
+    RF_LSTM,
+    RF_GRU,              /* reset after the product with R (PyTorch) */
+    RF_GRU_RESET_BEFORE, /* reset before it (ONNX's default) */
+    RF_N_CELLS
+} rf_cell_id;
+
+typedef enum { RF_F32, RF_F64, RF_N_DTYPES } rf_dtype;
+typedef enum { RF_PLAN_AUTO, RF_PLAN_SERIAL, RF_PLAN_BATCH, RF_N_PLANS } rf_plan;
+typedef enum { RF_PACK_FORWARD, RF_PACK_BACKWARD } rf_pack_kind;
+typedef enum { RF_EXP, RF_TANH, RF_SIGMOID, RF_N_VMATH } rf_vmath_id;
+
+/* Sizes of one layer. */
+typedef struct {
+    int cell;       /* rf_cell_id */
+    int directions; /* D: 1 or 2 */
+    ptrdiff_t T, B, I, H;
+} rf_shape;
+
+/* A sequence [T, B, N] as a base and two strides in elements; the last stride is 1. */
+typedef struct {
+    void *data; /* NULL: absent */
+    ptrdiff_t step, row;
+} rf_seq;
+
+/* Parameters of one direction, or their gradients. G gates, in the order of rnnfast/cells.py. */
+typedef struct {
+    void *W;    /* [G*H, I] */
+    void *R;    /* [G*H, H] */
+    void *b_ih; /* [G*H], or NULL: zeros (as parameters), not wanted (as gradients) */
+    void *b_hh; /* [G*H], or NULL */
+} rf_weights;
+
+/* Called by worker 0, now and then; nonzero asks the call to end early (its outputs are then void). */
+typedef int (*rf_poll)(void *context);
+
+/* How to run, and what ran. */
+typedef struct {
+    int threads;        /* at most this many workers */
+    int plan;           /* rf_plan */
+    rf_poll poll;       /* or NULL */
+    void *poll_context;
+    int ran_plan;       /* out: RF_PLAN_SERIAL or RF_PLAN_BATCH */
+    int ran_threads;    /* out: workers that had work */
+} rf_run;
+
+/* Tape, in processing order: slot s of a reversed direction is its s-th processed step. Slots of
+ * steps past a row's length are neither written nor read. Gt tape gates, see rnnfast/cells.py. */
+typedef struct {
+    void *gates; /* [D, T, B, Gt, H]; NULL where Gt = 0, or no tape is kept */
+    void *h;     /* [D, T+1, B, H], slot 0 = h_0; NULL: no tape is kept */
+    void *c;     /* [D, T+1, B, H], or NULL where the cell has no c */
+} rf_tape;
+
+typedef struct {
+    rf_shape shape;
+    int reverse;                         /* bit d: direction d runs from the last valid step to the first */
+    rf_seq x;                            /* in  [T, B, I] */
+    rf_seq y;                            /* out [T, B, D*H]; zeros past a row's length */
+    const ptrdiff_t *lengths;            /* in  [B], each in 0..T; NULL: all T */
+    const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_FORWARD) */
+    const void *h_0, *c_0;               /* in  [D, B, H], or NULL: zeros */
+    void *h_n, *c_n;                     /* out [D, B, H]; states at the last valid step. May alias h_0, c_0 */
+    rf_tape tape;                        /* out */
+    void *workspace;                     /* forward_workspace() bytes, 64-byte aligned */
+    rf_run run;
+} rf_forward_args;
+
+typedef struct {
+    rf_shape shape;
+    int reverse;
+    rf_seq x;                            /* in  [T, B, I]; the forward call's; data may be NULL if no dW */
+    const ptrdiff_t *lengths;
+    const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_BACKWARD) */
+    rf_tape tape;                        /* in, never written */
+    rf_seq dy;                           /* in  [T, B, D*H], data NULL: zeros; not read past a row's length */
+    const void *dh_n, *dc_n;             /* in  [D, B, H], or NULL: zeros */
+    rf_seq dx;                           /* out [T, B, I], or data NULL; zeros past a row's length */
+    void *dh_0, *dc_0;                   /* out [D, B, H], or NULL */
+    rf_weights grads[RF_MAX_DIRECTIONS]; /* out, each pointer NULL if not wanted; overwritten */
+    void *workspace;                     /* backward_workspace() bytes, 64-byte aligned */
+    rf_run run;
+} rf_backward_args;
+
+/* The kernels of one isa and one dtype. Size functions return bytes, or -1 if that overflows. */
+typedef struct {
+    const char *isa;
+    ptrdiff_t element; /* bytes of one number */
+    ptrdiff_t (*pack_size)(const rf_shape *shape, rf_pack_kind kind); /* one direction */
+    void (*pack)(const rf_shape *shape, rf_pack_kind kind, const rf_weights *weights, void *out);
+    ptrdiff_t (*forward_workspace)(const rf_shape *shape, int threads);
+    int (*forward)(rf_forward_args *args); /* nonzero: poll asked to end */
+    ptrdiff_t (*backward_workspace)(const rf_shape *shape, int threads);
+    int (*backward)(rf_backward_args *args);
+    void (*vmath)(rf_vmath_id f, ptrdiff_t n, const void *in, void *out);
+    /* out = in * mask / (1 - p) over [T, B, N]; the mask depends on (key, t, b, unit) alone. */
+    void (*dropout)(ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf_seq in, rf_seq out, double p,
+                    uint64_t key);
+} rf_kernels;
+
+/* dispatch.c. Isas compiled in, weakest first, NULL-terminated; and the kernels of one, or NULL if
+ * there is no such isa here or this CPU cannot run it. "auto" is the best this CPU runs. */
+extern const char *const rf_isas[];
+const rf_kernels *rf_find_kernels(const char *isa, rf_dtype dtype);
+
+#endif

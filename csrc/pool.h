@@ -1,0 +1,29 @@
+/* pool.h: worker threads and the barrier between steps.
+ * Knows threads, nothing of what they compute. One pool per process, made on first use, remade after fork. */
+#ifndef RF_POOL_H
+#define RF_POOL_H
+
+typedef struct rf_team rf_team; /* the workers of one region */
+
+/* Runs work(arg, team, worker) on workers 0..n-1, worker 0 being the caller, and returns n when all
+ * are done. 1 <= n <= threads; n is less than `threads` when the pool is busy with another caller's
+ * region (then n = 1), when a thread could not be made, and above 256: so work must read
+ * rf_team_size(). Returns 0 in one case: work was void, because the caller itself forked in it (a
+ * signal handler run by poll may) and this is the child, which has no other workers. Denormals are
+ * flushed inside, and the caller's floating-point mode is restored after. */
+int rf_pool_run(int threads, void (*work)(void *arg, rf_team *team, int worker), void *arg);
+
+int rf_team_size(const rf_team *team);
+
+/* Returns once all workers of the team have called it: spins, then yields, then sleeps. What they
+ * wrote before it is seen by all after it. */
+void rf_team_barrier(rf_team *team);
+
+/* For worker 0 only: call(context) in the floating-point mode of rf_pool_run's caller, as code of the
+ * host (a poll that runs Python's signal handlers) must see it; returns its answer. */
+int rf_team_call_host(rf_team *team, int (*call)(void *), void *context);
+
+/* Cores that this process may run on, at least 1. */
+int rf_cpu_count(void);
+
+#endif

@@ -1,0 +1,98 @@
+"""Stub of the compiled layer: arrays -> pointers -> struct -> nogil call; no maths, no checks.
+
+Everything here trusts its arguments: `checks` and `functional` have looked at them. "array" is any
+object with the buffer protocol. Unless said otherwise arrays are native, aligned and C-contiguous.
+T steps, B batch, I input size, H hidden size, D directions, G parameter gates, Gt tape gates.
+"""
+
+from typing import Any
+
+FORWARD: int  # what a pack is for
+BACKWARD: int
+PLANS: tuple[str, ...]  # ("auto", "serial", "batch"); a plan's number is its index
+ISAS: tuple[str, ...]  # compiled in, weakest first; e.g. ("base", "avx2", "avx512")
+
+def isa() -> str: ...
+def set_isa(name: str) -> bool:
+    """Kernels used by packs made from now on; "auto" is the best this CPU runs; False if it can't run `name`."""
+
+def cpu_count() -> int:
+    """Cores this process may run on (its affinity mask)."""
+
+class Pack:
+    """Weights of one layer (all its directions), re-laid for the kernels of one isa; owns its memory."""
+
+    isa: str
+    dtype: str  # "f" or "d"
+    cell: int
+    input_size: int
+    hidden_size: int
+    directions: int
+    kind: int  # FORWARD or BACKWARD
+    nbytes: int
+
+def pack(
+    cell: int, weights: tuple[tuple[Any, Any, Any, Any], ...], kind: int, threads: int
+) -> Pack:
+    """One (W [GH, I], R [GH, H], b_ih [GH] or None, b_hh [GH] or None) per direction."""
+
+def forward(
+    pack: Pack,
+    x: Any,  # [T, B, I], or [B, T, I] with batch_first; any strides but the last, which is one element
+    y: Any,  # [T, B, D*H], or [B, T, D*H]; likewise; zeroed by the kernel past a row's length
+    h_0: Any,  # [D, B, H] or None for zeros
+    c_0: Any,  # likewise; None where the cell has no c
+    h_n: Any,  # out [D, B, H]
+    c_n: Any,  # out [D, B, H] or None
+    lengths: Any,  # intp [B] or None
+    gates: Any,  # out [D, T, B, Gt, H] or None: no tape. Rows past a length are not written
+    h_tape: Any,  # out [D, T+1, B, H] or None
+    c_tape: Any,  # out [D, T+1, B, H] or None
+    batch_first: bool,
+    reverse: bool,  # with D = 1: run from each row's last valid step to its first; D = 2: the second does
+    threads: int,
+    plan: int,
+) -> tuple[str, int]:
+    """Returns the plan and number of threads that ran. May raise MemoryError, KeyboardInterrupt."""
+
+def backward(
+    pack: Pack,  # kind BACKWARD
+    x: Any,
+    lengths: Any,
+    gates: Any,
+    h_tape: Any,
+    c_tape: Any,
+    dy: Any,  # like y, or None for zeros; not read past a row's length
+    dh_n: Any,  # [D, B, H] or None for zeros
+    dc_n: Any,
+    dx: Any,  # out like x, or None: not wanted; zeroed past a row's length
+    dh_0: Any,  # out [D, B, H] or None
+    dc_0: Any,
+    grads: Any,  # out: None, or one (dW, dR, db_ih, db_hh) per direction, each None where not wanted
+    batch_first: bool,
+    reverse: bool,
+    threads: int,
+    plan: int,
+) -> tuple[str, int]:
+    """Outputs are overwritten, not added to; the tape is never written."""
+
+class Stepper:
+    """A stack of layers with fixed packs and its own states; D = 1; runs a block of steps without a check.
+
+    `states`: one (h [1, B, H], c [1, B, H] or None) per layer, written in place at each step.
+    """
+
+    def __init__(
+        self, packs: tuple[Pack, ...], states: tuple[tuple[Any, Any], ...], batch_size: int
+    ) -> None: ...
+    def step(self, x: Any, out: Any) -> bool:
+        """x [B, I] (or [I] if B = 1) to out [B, H] (or [H]); False, with nothing done, if either is not
+        exactly a native, aligned, C-contiguous array of that shape and dtype (`out` writable)."""
+    def process(self, x: Any, y: Any) -> None:
+        """x [T, B, I] to y [T, B, H], both checked by the caller."""
+
+def dropout(x: Any, out: Any, p: float, seed: int, call: int, layer: int) -> None:
+    """out = x * mask / (1 - p), [T, B, N] each; the mask is a function of (seed, call, layer, t, b, unit)."""
+
+def vmath(name: str, x: Any, out: Any) -> None:
+    """"exp", "tanh" or "sigmoid" elementwise over a 1-d array, on the current isa."""

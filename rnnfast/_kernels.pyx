@@ -1,0 +1,605 @@
+# cython: language_level=3, binding=False, embedsignature=False
+"""The compiled layer: arrays -> pointers -> struct -> nogil call; no maths, no checks.
+
+Knows csrc/kernels.h and the buffer protocol. Trusts its arguments: `checks` and `functional` have
+looked at them. Signatures and shapes stand in _kernels.pyi.
+"""
+
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+
+cdef extern from *:
+    """
+    #include <Python.h>
+    /* Lets Cython see an error that a poll or a buffer request has already set. */
+    static int rf_propagate(int failed) { return failed ? -1 : 0; }
+    /* As the poll sees them: no error handling of Cython's own. */
+    #define rf_check_signals PyErr_CheckSignals
+    #define rf_get_buffer PyObject_GetBuffer
+    """
+    int rf_propagate(int failed) except -1
+    int rf_check_signals() noexcept
+    ctypedef struct Py_buffer:
+        void *buf
+        Py_ssize_t itemsize
+        int ndim
+        char *format
+        Py_ssize_t *shape
+        Py_ssize_t *strides
+    int PyBUF_STRIDES, PyBUF_WRITABLE, PyBUF_FORMAT
+    int PyObject_GetBuffer(object, Py_buffer *, int) except -1
+    int rf_get_buffer(object, Py_buffer *, int) noexcept
+    void PyBuffer_Release(Py_buffer *)
+    void PyErr_Clear()
+
+
+cdef extern from "dropout.h":
+    uint64_t dropout_mix(uint64_t)
+
+
+cdef extern from "pool.h":
+    int rf_cpu_count()
+
+
+cdef extern from "kernels.h":
+    ctypedef struct rf_shape:
+        int cell, directions
+        Py_ssize_t T, B, I, H
+    ctypedef struct rf_seq:
+        void *data
+        Py_ssize_t step, row
+    ctypedef struct rf_weights:
+        void *W
+        void *R
+        void *b_ih
+        void *b_hh
+    ctypedef int (*rf_poll)(void *) noexcept
+    ctypedef struct rf_run:
+        int threads, plan
+        rf_poll poll
+        void *poll_context
+        int ran_plan, ran_threads
+    ctypedef struct rf_tape:
+        void *gates
+        void *h
+        void *c
+    ctypedef struct rf_forward_args:
+        rf_shape shape
+        int reverse
+        rf_seq x, y
+        const Py_ssize_t *lengths
+        const void *pack[2]
+        const void *h_0
+        const void *c_0
+        void *h_n
+        void *c_n
+        rf_tape tape
+        void *workspace
+        rf_run run
+    ctypedef struct rf_backward_args:
+        rf_shape shape
+        int reverse
+        rf_seq x
+        const Py_ssize_t *lengths
+        const void *pack[2]
+        rf_tape tape
+        rf_seq dy
+        const void *dh_n
+        const void *dc_n
+        rf_seq dx
+        void *dh_0
+        void *dc_0
+        rf_weights grads[2]
+        void *workspace
+        rf_run run
+    ctypedef enum rf_dtype:
+        RF_F32
+        RF_F64
+    ctypedef enum rf_pack_kind:
+        RF_PACK_FORWARD
+        RF_PACK_BACKWARD
+    ctypedef enum rf_vmath_id:
+        RF_EXP
+        RF_TANH
+        RF_SIGMOID
+    ctypedef struct rf_kernels:
+        const char *isa
+        Py_ssize_t element
+        Py_ssize_t (*pack_size)(const rf_shape *, rf_pack_kind) noexcept nogil
+        void (*pack)(const rf_shape *, rf_pack_kind, const rf_weights *, void *) noexcept nogil
+        Py_ssize_t (*forward_workspace)(const rf_shape *, int) noexcept nogil
+        int (*forward)(rf_forward_args *) noexcept nogil
+        Py_ssize_t (*backward_workspace)(const rf_shape *, int) noexcept nogil
+        int (*backward)(rf_backward_args *) noexcept nogil
+        void (*vmath)(rf_vmath_id, Py_ssize_t, const void *, void *) noexcept nogil
+        void (*dropout)(
+            Py_ssize_t, Py_ssize_t, Py_ssize_t, rf_seq, rf_seq, double, uint64_t
+        ) noexcept nogil
+    const char **rf_isas
+    const rf_kernels *rf_find_kernels(const char *, rf_dtype)
+
+
+FORWARD = RF_PACK_FORWARD
+BACKWARD = RF_PACK_BACKWARD
+PLANS = ("auto", "serial", "batch")
+
+
+cdef tuple _isas():
+    cdef list names = []
+    cdef int i = 0
+    while rf_isas[i] != NULL:
+        names.append((<bytes>rf_isas[i]).decode())
+        i += 1
+    return tuple(names)
+
+
+ISAS = _isas()
+
+# The kernels of packs made from now on, by dtype.
+cdef const rf_kernels *current[2]
+current[0] = rf_find_kernels("auto", RF_F32)
+current[1] = rf_find_kernels("auto", RF_F64)
+
+
+def isa():
+    return (<bytes>current[0].isa).decode()
+
+
+def set_isa(str name):
+    cdef bytes encoded = name.encode()
+    cdef const rf_kernels *f32 = rf_find_kernels(encoded, RF_F32)
+    cdef const rf_kernels *f64 = rf_find_kernels(encoded, RF_F64)
+    if f32 == NULL or f64 == NULL:
+        return False
+    current[0] = f32
+    current[1] = f64
+    return True
+
+
+def cpu_count():
+    return rf_cpu_count()
+
+
+cdef int poll(void *context) noexcept with gil:
+    return rf_check_signals() != 0
+
+
+# ---- buffers and memory ---------------------------------------------------------------------------
+
+cdef enum:
+    MOST_VIEWS = 24
+
+
+cdef struct Views:
+    Py_buffer view[MOST_VIEWS]
+    int n
+
+
+cdef int take(Views *views, object array, int flags, void **out) except -1:
+    """Address of an array, or NULL for None; its buffer stays taken until `release`."""
+    if array is None:
+        out[0] = NULL
+        return 0
+    PyObject_GetBuffer(array, &views.view[views.n], PyBUF_STRIDES | flags)
+    out[0] = views.view[views.n].buf
+    views.n += 1
+    return 0
+
+
+cdef int take_seq(Views *views, object array, int flags, bint batch_first, rf_seq *out) except -1:
+    cdef Py_buffer *view
+    if array is None:
+        out.data = NULL
+        return 0
+    take(views, array, flags, &out.data)
+    view = &views.view[views.n - 1]
+    out.step = view.strides[1 if batch_first else 0] // view.itemsize
+    out.row = view.strides[0 if batch_first else 1] // view.itemsize
+    return 0
+
+
+cdef void release(Views *views) noexcept:
+    cdef int i
+    for i in range(views.n):
+        PyBuffer_Release(&views.view[i])
+
+
+cdef void *allocate(Py_ssize_t size) except NULL:
+    """At least `size` bytes; size -1 stands for one that overflowed."""
+    cdef void *memory = PyMem_Malloc(size + 64) if 0 <= size <= PY_SSIZE_T_MAX - 64 else NULL
+    if memory == NULL:
+        raise MemoryError(f"cannot allocate {size} bytes of workspace" if size >= 0
+                          else "the size of the workspace overflows")
+    return memory
+
+
+cdef inline void *aligned(void *memory) noexcept:
+    return <void *>((<uintptr_t>memory + 63) & ~<uintptr_t>63)
+
+
+cdef extern from *:
+    Py_ssize_t PY_SSIZE_T_MAX
+
+
+# ---- packs ----------------------------------------------------------------------------------------
+
+cdef class Pack:
+    """Weights of one layer, re-laid for the kernels of one isa; owns its memory."""
+
+    cdef const rf_kernels *kernels
+    cdef rf_shape shape
+    cdef void *memory
+    cdef const void *direction[2]
+    cdef readonly int kind
+    cdef readonly Py_ssize_t nbytes
+
+    def __dealloc__(self):
+        PyMem_Free(self.memory)
+
+    @property
+    def isa(self):
+        return (<bytes>self.kernels.isa).decode()
+
+    @property
+    def dtype(self):
+        return "f" if self.kernels.element == 4 else "d"
+
+    @property
+    def cell(self):
+        return self.shape.cell
+
+    @property
+    def input_size(self):
+        return self.shape.I
+
+    @property
+    def hidden_size(self):
+        return self.shape.H
+
+    @property
+    def directions(self):
+        return self.shape.directions
+
+
+def pack(int cell, tuple weights, int kind, int threads):
+    cdef Pack self = Pack.__new__(Pack)
+    cdef Views views
+    cdef rf_weights w[2]
+    cdef Py_ssize_t size
+    cdef int d
+    cdef char *at
+    views.n = 0
+    try:
+        for d in range(len(weights)):
+            W, R, b_ih, b_hh = weights[d]
+            take(&views, W, 0, &w[d].W)
+            if d == 0:
+                self.kernels = current[views.view[0].itemsize == 8]
+                self.shape.I = views.view[0].shape[1]
+            take(&views, R, 0, &w[d].R)
+            self.shape.H = views.view[views.n - 1].shape[1]
+            take(&views, b_ih, 0, &w[d].b_ih)
+            take(&views, b_hh, 0, &w[d].b_hh)
+        self.shape.cell = cell
+        self.shape.directions = len(weights)
+        self.kind = kind
+        size = self.kernels.pack_size(&self.shape, <rf_pack_kind>kind)
+        if size > PY_SSIZE_T_MAX // 2 - 64:
+            size = -1
+        elif size >= 0:
+            size = (size + 63) // 64 * 64
+            self.nbytes = size * self.shape.directions
+        self.memory = allocate(self.nbytes if size >= 0 else -1)
+        at = <char *>aligned(self.memory)
+        with nogil:
+            for d in range(self.shape.directions):
+                self.direction[d] = at + d * size
+                self.kernels.pack(&self.shape, <rf_pack_kind>kind, &w[d], at + d * size)
+    finally:
+        release(&views)
+    return self
+
+
+# ---- a layer through time -------------------------------------------------------------------------
+
+cdef inline int reversed_bits(Pack pack, bint reverse) noexcept:
+    return 2 if pack.shape.directions == 2 else <int>reverse
+
+
+cdef inline void set_run(rf_run *run, int threads, int plan) noexcept:
+    run.threads = threads
+    run.plan = plan
+    run.poll = poll
+    run.poll_context = NULL
+
+
+def forward(
+    Pack pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape,
+    bint batch_first, bint reverse, int threads, int plan,
+):
+    cdef Views views
+    cdef rf_forward_args args
+    cdef Py_buffer *view
+    cdef void *memory = NULL
+    cdef int failed, i
+    views.n = 0
+    try:
+        take_seq(&views, x, 0, batch_first, &args.x)
+        args.shape = pack.shape
+        args.shape.T = views.view[0].shape[1 if batch_first else 0]
+        args.shape.B = views.view[0].shape[0 if batch_first else 1]
+        take_seq(&views, y, PyBUF_WRITABLE, batch_first, &args.y)
+        take(&views, h_0, 0, <void **>&args.h_0)
+        take(&views, c_0, 0, <void **>&args.c_0)
+        take(&views, h_n, PyBUF_WRITABLE, &args.h_n)
+        take(&views, c_n, PyBUF_WRITABLE, &args.c_n)
+        take(&views, lengths, 0, <void **>&args.lengths)
+        take(&views, gates, PyBUF_WRITABLE, &args.tape.gates)
+        take(&views, h_tape, PyBUF_WRITABLE, &args.tape.h)
+        take(&views, c_tape, PyBUF_WRITABLE, &args.tape.c)
+        for i in range(2):
+            args.pack[i] = pack.direction[i]
+        args.reverse = reversed_bits(pack, reverse)
+        set_run(&args.run, threads, plan)
+        memory = allocate(pack.kernels.forward_workspace(&args.shape, threads))
+        args.workspace = aligned(memory)
+        with nogil:
+            failed = pack.kernels.forward(&args)
+        rf_propagate(failed)
+    finally:
+        PyMem_Free(memory)
+        release(&views)
+    return PLANS[args.run.ran_plan], args.run.ran_threads
+
+
+def backward(
+    Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
+    bint batch_first, bint reverse, int threads, int plan,
+):
+    cdef Views views
+    cdef rf_backward_args args
+    cdef void *memory = NULL
+    cdef int failed, d
+    views.n = 0
+    memset(args.grads, 0, sizeof(args.grads))
+    try:
+        take_seq(&views, x, 0, batch_first, &args.x)
+        args.shape = pack.shape
+        args.shape.T = views.view[0].shape[1 if batch_first else 0]
+        args.shape.B = views.view[0].shape[0 if batch_first else 1]
+        take(&views, lengths, 0, <void **>&args.lengths)
+        take(&views, gates, 0, &args.tape.gates)
+        take(&views, h_tape, 0, &args.tape.h)
+        take(&views, c_tape, 0, &args.tape.c)
+        take_seq(&views, dy, 0, batch_first, &args.dy)
+        take(&views, dh_n, 0, <void **>&args.dh_n)
+        take(&views, dc_n, 0, <void **>&args.dc_n)
+        take_seq(&views, dx, PyBUF_WRITABLE, batch_first, &args.dx)
+        take(&views, dh_0, PyBUF_WRITABLE, &args.dh_0)
+        take(&views, dc_0, PyBUF_WRITABLE, &args.dc_0)
+        for d in range(pack.shape.directions):
+            args.pack[d] = pack.direction[d]
+            if grads is not None:
+                dW, dR, db_ih, db_hh = grads[d]
+                take(&views, dW, PyBUF_WRITABLE, &args.grads[d].W)
+                take(&views, dR, PyBUF_WRITABLE, &args.grads[d].R)
+                take(&views, db_ih, PyBUF_WRITABLE, &args.grads[d].b_ih)
+                take(&views, db_hh, PyBUF_WRITABLE, &args.grads[d].b_hh)
+        args.reverse = reversed_bits(pack, reverse)
+        set_run(&args.run, threads, plan)
+        memory = allocate(pack.kernels.backward_workspace(&args.shape, threads))
+        args.workspace = aligned(memory)
+        with nogil:
+            failed = pack.kernels.backward(&args)
+        rf_propagate(failed)
+    finally:
+        PyMem_Free(memory)
+        release(&views)
+    return PLANS[args.run.ran_plan], args.run.ran_threads
+
+
+# ---- streams --------------------------------------------------------------------------------------
+
+cdef class Stepper:
+    """Layers with fixed packs and their own states, prepared for one step at a time."""
+
+    cdef tuple packs, states
+    cdef Views views          # of the states, taken for as long as this lives
+    cdef int layers
+    cdef rf_forward_args *args  # [layers], ready for a step
+    cdef char **h             # [layers] the states
+    cdef char **c
+    cdef void *memory         # of args, h, c, new states, a step's y of each layer, workspace
+    cdef Py_ssize_t state_bytes, row_bytes
+    cdef int threads
+    cdef char format
+
+    def __cinit__(self):
+        self.views.n = 0
+        self.memory = NULL
+
+    def __init__(self, tuple packs, tuple states, Py_ssize_t batch_size, int threads=1):
+        cdef Pack pack = packs[0]
+        cdef rf_shape shape
+        cdef Py_ssize_t workspace = 0, here, tables, steps
+        cdef int i
+        cdef char *at
+        if self.memory != NULL:
+            raise ValueError("Stepper: __init__ may be called once")
+        self.layers = len(packs)
+        if self.layers > MOST_VIEWS // 2:
+            raise ValueError(f"a stream takes at most {MOST_VIEWS // 2} layers, got {self.layers}")
+        self.packs = packs
+        self.states = states
+        self.threads = threads
+        self.format = c"f" if pack.kernels.element == 4 else c"d"
+        self.state_bytes = batch_size * pack.shape.H * pack.kernels.element
+        here = (self.state_bytes + 63) // 64 * 64
+        for pack in packs:
+            shape = pack.shape
+            shape.T, shape.B = 1, batch_size
+            workspace = max(workspace, pack.kernels.forward_workspace(&shape, threads))
+        tables = self.layers * (sizeof(rf_forward_args) + 2 * sizeof(char *))
+        tables = (tables + 63) // 64 * 64
+        self.memory = allocate(tables + 3 * self.layers * here + workspace)
+        at = <char *>aligned(self.memory)
+        self.args = <rf_forward_args *>at
+        self.h = <char **>(at + self.layers * sizeof(rf_forward_args))
+        self.c = self.h + self.layers
+        at += tables
+        memset(self.args, 0, self.layers * sizeof(rf_forward_args))
+        for i in range(self.layers):
+            pack = packs[i]
+            take(&self.views, states[i][0], PyBUF_WRITABLE, <void **>&self.h[i])
+            take(&self.views, states[i][1], PyBUF_WRITABLE, <void **>&self.c[i])
+            self.args[i].shape = pack.shape
+            self.args[i].shape.B = batch_size
+            self.args[i].pack[0] = pack.direction[0]
+            self.args[i].h_0, self.args[i].c_0 = self.h[i], self.c[i]
+            self.args[i].h_n, self.args[i].c_n = at, at + here
+            self.args[i].y.data = at + 2 * here
+            self.args[i].x.row = pack.shape.I
+            self.args[i].y.row = pack.shape.H
+            set_run(&self.args[i].run, threads, 0)
+            at += 3 * here
+        for i in range(self.layers):
+            self.args[i].workspace = at
+
+    def __dealloc__(self):
+        release(&self.views)
+        PyMem_Free(self.memory)
+
+    cdef int run(self, Py_ssize_t T, void *x, void *y, char *between, void *workspace) except -1:
+        """T steps of all layers; `between` holds [2][T, B, H], or is NULL for one step's own place.
+        States change only if all went well."""
+        cdef int i, failed = 0
+        cdef Pack pack
+        cdef rf_forward_args args
+        for i in range(self.layers):
+            pack = <Pack>self.packs[i]
+            args = self.args[i]
+            args.shape.T = T
+            args.x.data = x
+            args.x.step = args.shape.B * args.shape.I
+            args.y.step = args.shape.B * args.shape.H
+            if i == self.layers - 1:
+                args.y.data = y
+            elif between != NULL:
+                args.y.data = between + (i & 1) * T * self.state_bytes
+            if workspace != NULL:
+                args.workspace = workspace
+            with nogil:
+                failed = pack.kernels.forward(&args)
+            rf_propagate(failed)
+            x = args.y.data
+        for i in range(self.layers):
+            memcpy(self.h[i], self.args[i].h_n, self.state_bytes)
+            if self.c[i] != NULL:
+                memcpy(self.c[i], self.args[i].c_n, self.state_bytes)
+        return 0
+
+    cdef bint fits(self, Py_buffer *view, Py_ssize_t columns) noexcept:
+        """Whether this is just the [B, columns], or [columns] if B = 1, that the kernels take."""
+        cdef Py_ssize_t size = view.itemsize
+        cdef Py_ssize_t B = self.args[0].shape.B
+        cdef int last = view.ndim - 1
+        if view.format == NULL or view.format[0] != self.format or view.format[1] != 0:
+            return False
+        if last < 0 or last > 1 or view.shape[last] != columns or view.strides[last] != size:
+            return False
+        if last == 0:
+            if B != 1:
+                return False
+        elif view.shape[0] != B or (B > 1 and view.strides[0] != columns * size):
+            return False
+        return <uintptr_t>view.buf % <uintptr_t>size == 0
+
+    def step(self, x, out):
+        cdef Py_buffer from_, to
+        cdef bint good
+        cdef Py_ssize_t B = self.args[0].shape.B
+        cdef Py_ssize_t I = self.args[0].shape.I, H = self.args[0].shape.H
+        if rf_get_buffer(x, &from_, PyBUF_STRIDES | PyBUF_FORMAT) != 0:
+            PyErr_Clear()
+            return False
+        if rf_get_buffer(out, &to, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE) != 0:
+            PyErr_Clear()
+            PyBuffer_Release(&from_)
+            return False
+        try:
+            good = self.fits(&from_, I) and self.fits(&to, H) and from_.ndim == to.ndim and (
+                <char *>to.buf >= <char *>from_.buf + B * I * from_.itemsize
+                or <char *>from_.buf >= <char *>to.buf + B * H * to.itemsize
+            )
+            if good:
+                self.run(1, from_.buf, to.buf, NULL, NULL)
+        finally:
+            PyBuffer_Release(&from_)
+            PyBuffer_Release(&to)
+        return good
+
+    def process(self, x, y):
+        cdef Views views
+        cdef void *from_
+        cdef void *to
+        cdef void *memory = NULL
+        cdef Py_ssize_t T, most = 0
+        cdef Pack pack
+        cdef rf_shape shape
+        cdef Py_ssize_t between
+        views.n = 0
+        try:
+            take(&views, x, 0, &from_)
+            take(&views, y, PyBUF_WRITABLE, &to)
+            T = views.view[0].shape[0]
+            for pack in self.packs:
+                shape = pack.shape
+                shape.T, shape.B = T, self.args[0].shape.B
+                most = max(most, pack.kernels.forward_workspace(&shape, self.threads))
+            between = 2 * T * self.state_bytes if self.layers > 1 else 0
+            between = (between + 63) // 64 * 64
+            memory = allocate(between + most)
+            self.run(T, from_, to, <char *>aligned(memory),
+                     <char *>aligned(memory) + between)
+        finally:
+            PyMem_Free(memory)
+            release(&views)
+
+
+# ---- the rest -------------------------------------------------------------------------------------
+
+def dropout(x, out, double p, uint64_t seed, uint64_t call, uint64_t layer):
+    cdef Views views
+    cdef rf_seq from_, to
+    cdef uint64_t key = dropout_mix(dropout_mix(dropout_mix(seed) + call) + layer)
+    cdef Py_ssize_t *shape
+    cdef const rf_kernels *kernels
+    views.n = 0
+    try:
+        take_seq(&views, x, 0, False, &from_)
+        take_seq(&views, out, PyBUF_WRITABLE, False, &to)
+        shape = views.view[0].shape
+        kernels = current[views.view[0].itemsize == 8]
+        with nogil:
+            kernels.dropout(shape[0], shape[1], shape[2], from_, to, p, key)
+    finally:
+        release(&views)
+
+
+def vmath(str name, x, out):
+    cdef Views views
+    cdef void *from_
+    cdef void *to
+    cdef rf_vmath_id f = {"exp": RF_EXP, "tanh": RF_TANH, "sigmoid": RF_SIGMOID}[name]
+    cdef const rf_kernels *kernels
+    views.n = 0
+    try:
+        take(&views, x, 0, &from_)
+        take(&views, out, PyBUF_WRITABLE, &to)
+        kernels = current[views.view[0].itemsize == 8]
+        with nogil:
+            kernels.vmath(f, views.view[0].shape[0], from_, to)
+    finally:
+        release(&views)
