@@ -107,6 +107,9 @@ typedef struct {
     ptrdiff_t (*backward_workspace)(const rf_shape *shape, int threads);
     int (*backward)(rf_backward_args *args);
     void (*vmath)(rf_vmath_id f, ptrdiff_t n, const void *in, void *out);
+    /* Multiplies and adds in registers alone, on `threads` workers; returns the operations done: what
+     * the benchmarks time as the machine's peak. */
+    double (*multiply_add)(ptrdiff_t rounds, int threads);
     /* out = in * mask / (1 - p) over [T, B, N]; the mask depends on (key, t, b, unit) alone. */
     void (*dropout)(ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf_seq in, rf_seq out, double p,
                     uint64_t key);

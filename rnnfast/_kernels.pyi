@@ -77,13 +77,17 @@ def backward(
     """Outputs are overwritten, not added to; the tape is never written."""
 
 class Stepper:
-    """A stack of layers with fixed packs and its own states; D = 1; runs a block of steps without a check.
+    """Layers with fixed packs and their own states, D = 1; runs a block of steps without a check.
 
     `states`: one (h [1, B, H], c [1, B, H] or None) per layer, written in place at each step.
     """
 
     def __init__(
-        self, packs: tuple[Pack, ...], states: tuple[tuple[Any, Any], ...], batch_size: int
+        self,
+        packs: tuple[Pack, ...],
+        states: tuple[tuple[Any, Any], ...],
+        batch_size: int,
+        threads: int = 1,
     ) -> None: ...
     def step(self, x: Any, out: Any) -> bool:
         """x [B, I] (or [I] if B = 1) to out [B, H] (or [H]); False, with nothing done, if either is not
@@ -96,3 +100,6 @@ def dropout(x: Any, out: Any, p: float, seed: int, call: int, layer: int) -> Non
 
 def vmath(name: str, x: Any, out: Any) -> None:
     """"exp", "tanh" or "sigmoid" elementwise over a 1-d array, on the current isa."""
+
+def multiply_add(dtype: str, rounds: int, threads: int) -> float:
+    """Multiply-adds in registers, to be timed as the machine's peak; returns the operations done."""

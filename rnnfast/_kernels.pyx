@@ -114,6 +114,7 @@ cdef extern from "kernels.h":
         Py_ssize_t (*backward_workspace)(const rf_shape *, int) noexcept nogil
         int (*backward)(rf_backward_args *) noexcept nogil
         void (*vmath)(rf_vmath_id, Py_ssize_t, const void *, void *) noexcept nogil
+        double (*multiply_add)(Py_ssize_t, int) noexcept nogil
         void (*dropout)(
             Py_ssize_t, Py_ssize_t, Py_ssize_t, rf_seq, rf_seq, double, uint64_t
         ) noexcept nogil
@@ -603,3 +604,11 @@ def vmath(str name, x, out):
             kernels.vmath(f, views.view[0].shape[0], from_, to)
     finally:
         release(&views)
+
+
+def multiply_add(str dtype, Py_ssize_t rounds, int threads):
+    cdef const rf_kernels *kernels = current[dtype == "d"]
+    cdef double operations
+    with nogil:
+        operations = kernels.multiply_add(rounds, threads)
+    return operations
