@@ -103,9 +103,9 @@ typedef struct {
     ptrdiff_t (*pack_size)(const rf_shape *shape, rf_pack_kind kind); /* one direction */
     void (*pack)(const rf_shape *shape, rf_pack_kind kind, const rf_weights *weights, void *out);
     ptrdiff_t (*forward_workspace)(const rf_shape *shape, int threads);
-    int (*forward)(rf_forward_args *args); /* nonzero: poll asked to end */
+    int (*forward)(rf_forward_args *args); /* nonzero: ended early, by poll or by a fork inside poll */
     ptrdiff_t (*backward_workspace)(const rf_shape *shape, int threads);
-    int (*backward)(rf_backward_args *args);
+    int (*backward)(rf_backward_args *args); /* likewise */
     void (*vmath)(rf_vmath_id f, ptrdiff_t n, const void *in, void *out);
     /* Multiplies and adds in registers alone, on `threads` workers; returns the operations done: what
      * the benchmarks time as the machine's peak. */

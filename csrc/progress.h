@@ -9,6 +9,7 @@
 #include <time.h>
 
 #include "kernels.h"
+#include "pool.h"
 
 #define RF_POLL_SECONDS 0.02
 /* Operations between two looks at the clock (some 30 ns): below 10 ms even at 1 GFLOP/s. */
@@ -22,6 +23,7 @@ typedef struct {
 
 typedef struct {
     stop_flag *flag;
+    rf_team *team;
     int polls; /* this worker asks */
     double operations, next_poll;
 } progress;
@@ -32,8 +34,8 @@ static inline double progress_clock(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-static inline progress progress_start(stop_flag *flag, int worker) {
-    return (progress){.flag = flag, .polls = worker == 0 && flag->poll};
+static inline progress progress_start(stop_flag *flag, rf_team *team, int worker) {
+    return (progress){.flag = flag, .team = team, .polls = worker == 0 && flag->poll};
 }
 
 /* Whether to skip what comes next, which takes about that many operations. */
@@ -47,7 +49,7 @@ static inline int stopped(progress *at, ptrdiff_t operations) {
     if (now < at->next_poll) return 0;
     const int first = at->next_poll == 0;
     at->next_poll = now + RF_POLL_SECONDS;
-    if (first || !at->flag->poll(at->flag->context)) return 0;
+    if (first || !rf_team_call_host(at->team, at->flag->poll, at->flag->context)) return 0;
     atomic_store_explicit(&at->flag->stop, 1, memory_order_relaxed);
     return 1;
 }

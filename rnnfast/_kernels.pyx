@@ -13,8 +13,13 @@ from libc.string cimport memcpy, memset
 cdef extern from *:
     """
     #include <Python.h>
-    /* Lets Cython see an error that a poll or a buffer request has already set. */
-    static int rf_propagate(int failed) { return failed ? -1 : 0; }
+    /* Lets Cython see the error that a poll has set. Without one, the poll forked: in the child the
+     * call's other workers are gone. */
+    static int rf_propagate(int failed) {
+        if (failed && !PyErr_Occurred())
+            PyErr_SetString(PyExc_OSError, "the process forked inside this call: no result here");
+        return failed ? -1 : 0;
+    }
     /* As the poll sees them: no error handling of Cython's own. */
     #define rf_check_signals PyErr_CheckSignals
     #define rf_get_buffer PyObject_GetBuffer
