@@ -1,0 +1,465 @@
+"""The truth: every equation of rnnfast once, forward and backward through time, in plain NumPy.
+
+Knows NumPy only and imports nothing of ours, so that it cannot share a mistake with the kernels it
+judges. Leaves speed, threads, checks of arguments and messages to the other files.
+
+How to read it. A *step* maps one x and the states before it to the states after it; below, each
+cell is a pair of functions, the step and its derivative. A *walk* visits the steps of a sequence
+in the order of processing. `forward` is a walk over steps, keeping what the derivatives need (the
+*tape*); `backward` is the same walk from its end, by the chain rule. `stack_forward` and
+`stack_backward` pile up layers and directions.
+
+T steps, B batch, I input size, H hidden size, G gates, Gt gates on the tape, L layers,
+D directions. W is `weight_ih` [G*H, I], R is `weight_hh` [G*H, H]; gates, signs and the two biases
+are PyTorch's. z is a gate before its squashing function, dv the gradient of the loss by v.
+`n` in a shape is the number of rows that are still running at a step.
+
+Any dtype works: float32 is computed in float32, and every function here is analytic also for
+complex numbers (no abs, no conj), which gives derivatives by the complex step, exact to rounding.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------- activations
+
+
+def tanh(z):
+    """Hyperbolic tangent; its derivative is (1 - h)(1 + h) where h = tanh(z).
+
+    >>> float(tanh(0.0))
+    0.0
+    """
+    return np.tanh(z)
+
+
+def sigmoid(z):
+    """1 / (1 + exp(-z)), without overflow; its derivative is s(1 - s) where s = sigmoid(z).
+
+    exp is taken of -|z|, |.| by the sign of the real part: both branches are the same function.
+
+    >>> sigmoid(np.array([-1000.0, 0.0, 1000.0])).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    z = np.asarray(z)
+    negative = z.real < 0
+    e = np.exp(np.where(negative, z, -z))
+    return np.where(negative, e, 1) / (1 + e)
+
+
+def relu(z):
+    """z where it is positive, 0 elsewhere; a NaN stays.
+
+    >>> relu(np.array([-2.0, 3.0, np.nan])).tolist()
+    [0.0, 3.0, nan]
+    """
+    z = np.asarray(z)
+    return np.where(z.real <= 0, 0, z)
+
+
+# ---------------------------------------------------------------------------------------- cells
+#
+# A step:       x [n, I], states before (each [n, H]), weights -> states after, gates for the tape.
+# Its backward: d(states after), gates, states before, states after, R
+#               -> dz_x, dz_h [n, G*H], d(states before), dR [G*H, H]
+# where z_x = x W^T + b_ih is what comes from the input and z_h = h R^T + b_hh what comes from the
+# state. The input's side is the same for all cells and left to `backward`:
+# dx = dz_x W, dW = dz_x^T x, db_ih = sum(dz_x), db_hh = sum(dz_h).
+
+
+def split(z, gates):
+    """Cuts z [n, G*H] into its gates, G arrays [n, H] (or weights [G*H, ...] by way of rows).
+
+    >>> [part.tolist() for part in split(np.array([[1, 2, 3, 4]]), 2)]
+    [[[1, 2]], [[3, 4]]]
+    """
+    return np.split(z, gates, axis=1)
+
+
+def join(*gates):
+    """The opposite of `split`.
+
+    >>> join(np.array([[1, 2]]), np.array([[3, 4]])).tolist()
+    [[1, 2, 3, 4]]
+    """
+    return np.concatenate(gates, axis=1)
+
+
+def rnn_tanh_step(x, before, W, R, b_ih, b_hh):
+    """h' = tanh(W x + b_ih + R h + b_hh) (Elman, "Finding structure in time", 1990)."""
+    (h,) = before
+    h_new = tanh(x @ W.T + b_ih + h @ R.T + b_hh)
+    return (h_new,), ()
+
+
+def rnn_tanh_step_backward(d_after, gates, before, after, R):
+    (dh_new,), (h,), (h_new,) = d_after, before, after
+    dz = dh_new * (1 - h_new) * (1 + h_new)
+    return dz, dz, (dz @ R,), dz.T @ h
+
+
+def rnn_relu_step(x, before, W, R, b_ih, b_hh):
+    """h' = relu(W x + b_ih + R h + b_hh) (Le, Jaitly, Hinton, arXiv 1504.00941)."""
+    (h,) = before
+    h_new = relu(x @ W.T + b_ih + h @ R.T + b_hh)
+    return (h_new,), ()
+
+
+def rnn_relu_step_backward(d_after, gates, before, after, R):
+    (dh_new,), (h,), (h_new,) = d_after, before, after
+    dz = np.where(h_new.real <= 0, 0, dh_new)
+    return dz, dz, (dz @ R,), dz.T @ h
+
+
+def lstm_step(x, before, W, R, b_ih, b_hh):
+    """Long short-term memory with a forget gate.
+
+    Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers, Schmidhuber and Cummins,
+    "Learning to forget", 2000; gate order i f g o as in torch.nn.LSTM.
+    """
+    h, c = before
+    z_i, z_f, z_g, z_o = split(x @ W.T + b_ih + h @ R.T + b_hh, 4)
+    i, f, g, o = sigmoid(z_i), sigmoid(z_f), tanh(z_g), sigmoid(z_o)
+    c_new = f * c + i * g
+    h_new = o * tanh(c_new)
+    return (h_new, c_new), (i, f, g, o)
+
+
+def lstm_step_backward(d_after, gates, before, after, R):
+    (dh_new, dc_new), (i, f, g, o), (h, c), (_, c_new) = d_after, gates, before, after
+    tanh_c = tanh(c_new)
+    dc = dc_new + dh_new * o * (1 - tanh_c) * (1 + tanh_c)  # c' goes on, and into h'
+    dz_i = dc * g * i * (1 - i)
+    dz_f = dc * c * f * (1 - f)
+    dz_g = dc * i * (1 - g) * (1 + g)
+    dz_o = dh_new * tanh_c * o * (1 - o)
+    dz = join(dz_i, dz_f, dz_g, dz_o)
+    return dz, dz, (dz @ R, dc * f), dz.T @ h
+
+
+def gru_step(x, before, W, R, b_ih, b_hh):
+    """Gated recurrent unit, reset after the product: r scales R_n h + b_hn, kept as `hn`.
+
+    Cho et al., arXiv 1406.1078, in the form of torch.nn.GRU; gate order r z n.
+    """
+    (h,) = before
+    x_r, x_z, x_n = split(x @ W.T + b_ih, 3)
+    h_r, h_z, hn = split(h @ R.T + b_hh, 3)
+    r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
+    n = tanh(x_n + r * hn)
+    h_new = (1 - z) * n + z * h
+    return (h_new,), (r, z, n, hn)
+
+
+def gru_step_backward(d_after, gates, before, after, R):
+    (dh_new,), (r, z, n, hn), (h,) = d_after, gates, before
+    dz_n = dh_new * (1 - z) * (1 - n) * (1 + n)
+    dz_z = dh_new * (h - n) * z * (1 - z)
+    dz_r = dz_n * hn * r * (1 - r)
+    dz_x = join(dz_r, dz_z, dz_n)
+    dz_h = join(dz_r, dz_z, dz_n * r)  # between R_n h and n stands r: here x and h differ
+    dh = dh_new * z + dz_h @ R  # h reaches h' directly, past every product, and through R
+    return dz_x, dz_h, (dh,), dz_h.T @ h
+
+
+def gru_reset_before_step(x, before, W, R, b_ih, b_hh):
+    """Gated recurrent unit, reset before the product: R_n multiplies r h, so r is needed first.
+
+    Cho et al., arXiv 1406.1078; ONNX's GRU with linear_before_reset = 0; gate order r z n.
+    """
+    (h,) = before
+    H = h.shape[1]
+    R_rz, R_n = R[: 2 * H], R[2 * H :]
+    z_rz, z_n = np.split(x @ W.T + b_ih + b_hh, [2 * H], axis=1)
+    z_r, z_z = split(z_rz + h @ R_rz.T, 2)
+    r, z = sigmoid(z_r), sigmoid(z_z)
+    n = tanh(z_n + (r * h) @ R_n.T)
+    h_new = (1 - z) * n + z * h
+    return (h_new,), (r, z, n)
+
+
+def gru_reset_before_step_backward(d_after, gates, before, after, R):
+    (dh_new,), (r, z, n), (h,) = d_after, gates, before
+    H = h.shape[1]
+    R_rz, R_n = R[: 2 * H], R[2 * H :]
+    dz_n = dh_new * (1 - z) * (1 - n) * (1 + n)
+    dz_z = dh_new * (h - n) * z * (1 - z)
+    drh = dz_n @ R_n  # by r h, the operand of R_n
+    dz_r = drh * h * r * (1 - r)
+    dz_rz = join(dz_r, dz_z)
+    dz = join(dz_rz, dz_n)
+    dh = dh_new * z + drh * r + dz_rz @ R_rz
+    dR = np.concatenate([dz_rz.T @ h, dz_n.T @ (r * h)])
+    return dz, dz, (dh,), dR
+
+
+class Equations(NamedTuple):
+    """A cell as its equations, and how many states and tape gates they speak of."""
+
+    step: Callable
+    step_backward: Callable
+    states: int
+    tape_gates: int
+
+
+EQUATIONS = {
+    "rnn_tanh": Equations(rnn_tanh_step, rnn_tanh_step_backward, 1, 0),
+    "rnn_relu": Equations(rnn_relu_step, rnn_relu_step_backward, 1, 0),
+    "lstm": Equations(lstm_step, lstm_step_backward, 2, 4),
+    "gru": Equations(gru_step, gru_step_backward, 1, 4),
+    "gru_reset_before": Equations(gru_reset_before_step, gru_reset_before_step_backward, 1, 3),
+}
+
+# --------------------------------------------------------------------------------- through time
+
+
+def walk(T, B, lengths=None, reverse=False):
+    """The steps of a run: a list of (s, t, rows) in processing order.
+
+    `rows` [n] are the rows of the batch that still run at processing step s, and t [n] is where
+    each of them stands in its sequence: at s, or, reversed, s steps before its last valid one.
+    Everything beyond a row's length is left out by choosing rows, never by multiplying with zero,
+    so that not even a NaN gets out of the padding.
+
+    >>> for s, t, rows in walk(3, 2, lengths=[3, 1], reverse=True):
+    ...     print(s, t.tolist(), rows.tolist())
+    0 [2, 0] [0, 1]
+    1 [1] [0]
+    2 [0] [0]
+    """
+    lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
+    steps = []
+    for s in range(T):
+        rows = np.flatnonzero(s < lengths)
+        t = lengths[rows] - 1 - s if reverse else np.full(len(rows), s)
+        steps.append((s, t, rows))
+    return steps
+
+
+def forward(cell, x, state, weights, *, lengths=None, reverse=False):
+    """One layer in one direction through time.
+
+    cell: a name in EQUATIONS; x [T, B, I]; state: the initial states, each [B, H] (h, and for the
+    LSTM c), or None for zeros; weights: (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]), a bias
+    may be None; lengths [B], each in 0..T, or None for T; reverse: from each row's last valid step
+    to its first.
+
+    Returns y [T, B, H], zeros past a row's length; the states after each row's last valid step,
+    each [B, H] (its initial ones if its length is 0); and the tape, a dict of gates [T, B, Gt, H]
+    (None if Gt = 0), h [T+1, B, H] and c (None if the cell has no c), in processing order, slot 0
+    of h and c being the initial states. Tape slots past a length mean nothing and hold NaN.
+
+    >>> W, R = np.array([[1.0]]), np.array([[2.0]])
+    >>> y, (h_n,), tape = forward("rnn_relu", np.ones((3, 1, 1)), None, (W, R, None, None))
+    >>> y[:, 0, 0].tolist(), h_n.tolist()
+    ([1.0, 3.0, 7.0], [[7.0]])
+    """
+    step, _, n_states, n_gates = EQUATIONS[cell]
+    T, B, _ = x.shape
+    W, R, b_ih, b_hh = weights
+    H = R.shape[1]
+    given = [a for a in (x, *weights, *(state or ())) if a is not None]
+    dtype = np.result_type(*given)
+    zero_bias = np.zeros(len(R), dtype)
+    weights = W, R, zero_bias if b_ih is None else b_ih, zero_bias if b_hh is None else b_hh
+
+    y = np.zeros((T, B, H), dtype)
+    gates = np.full((T, B, n_gates, H), np.nan, dtype)
+    states = [np.full((T + 1, B, H), np.nan, dtype) for _ in range(n_states)]
+    for i, sequence in enumerate(states):
+        sequence[0] = 0 if state is None else state[i]
+
+    for s, t, rows in walk(T, B, lengths, reverse):
+        before = tuple(sequence[s, rows] for sequence in states)
+        after, step_gates = step(x[t, rows], before, *weights)
+        for sequence, value in zip(states, after, strict=True):
+            sequence[s + 1, rows] = value
+        for i, gate in enumerate(step_gates):
+            gates[s, rows, i] = gate
+        y[t, rows] = after[0]
+
+    last = np.full(B, T) if lengths is None else np.asarray(lengths)
+    state_n = tuple(sequence[last, np.arange(B)] for sequence in states)
+    h, c = states if n_states == 2 else (*states, None)
+    return y, state_n, dict(gates=gates if n_gates else None, h=h, c=c)
+
+
+def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False):
+    """Gradients of one layer in one direction: the chain rule along the walk, from its end.
+
+    x, weights, lengths, reverse: as in the forward call that made `tape`; dy [T, B, H] and dstate
+    (each [B, H], by the states after the last valid step) are the gradients of the loss by
+    forward's results, either may be None for zeros (Werbos, "Backpropagation through time", 1990).
+
+    Returns a dict: x [T, B, I] (zeros past a row's length), state (a tuple of [B, H], by the
+    initial states), weight_ih, weight_hh, and bias_ih, bias_hh (None where the bias is).
+
+    >>> weights = np.array([[1.0]]), np.array([[2.0]]), None, None
+    >>> x = np.ones((3, 1, 1))
+    >>> _, _, tape = forward("rnn_relu", x, None, weights)
+    >>> grads = backward("rnn_relu", x, tape, weights, None, (np.ones((1, 1)),))
+    >>> grads["x"][:, 0, 0].tolist(), grads["weight_hh"].tolist()
+    ([4.0, 2.0, 1.0], [[5.0]])
+    """
+    _, step_backward, n_states, n_gates = EQUATIONS[cell]
+    T, B, _ = x.shape
+    W, R, b_ih, b_hh = weights
+    states = [tape["h"], tape["c"]][:n_states]
+    dtype = states[0].dtype
+    dx, dW, dR = np.zeros(x.shape, dtype), np.zeros(W.shape, dtype), np.zeros(R.shape, dtype)
+    db_ih, db_hh = np.zeros(len(W), dtype), np.zeros(len(R), dtype)
+    # By the states of each row at the step the walk has reached. A row joins in at its last step.
+    d_states = [np.zeros(states[0].shape[1:], dtype) for _ in states]
+    for i, d_last in enumerate(dstate or ()):
+        d_states[i][:] = d_last
+
+    for s, t, rows in reversed(walk(T, B, lengths, reverse)):
+        d_after = [d[rows] for d in d_states]
+        if dy is not None:
+            d_after[0] = d_after[0] + dy[t, rows]
+        gates = tuple(tape["gates"][s, rows, i] for i in range(n_gates))
+        before = tuple(sequence[s, rows] for sequence in states)
+        after = tuple(sequence[s + 1, rows] for sequence in states)
+        dz_x, dz_h, d_before, dR_s = step_backward(d_after, gates, before, after, R)
+        for d, value in zip(d_states, d_before, strict=True):
+            d[rows] = value
+        dx[t, rows] = dz_x @ W
+        dW += dz_x.T @ x[t, rows]
+        dR += dR_s
+        db_ih += dz_x.sum(axis=0)
+        db_hh += dz_h.sum(axis=0)
+
+    return dict(
+        x=dx,
+        state=tuple(d_states),
+        weight_ih=dW,
+        weight_hh=dR,
+        bias_ih=None if b_ih is None else db_ih,
+        bias_hh=None if b_hh is None else db_hh,
+    )
+
+
+# ------------------------------------------------------------------------ layers and directions
+
+
+def stack_names(params):
+    """The directions of each layer, by the ends of their parameters' names (PyTorch's).
+
+    >>> stack_names({"weight_ih_l0": 0, "weight_ih_l0_reverse": 0})
+    [['_l0', '_l0_reverse']]
+    """
+    directions = ["", "_reverse"] if "weight_ih_l0_reverse" in params else [""]
+    layers = sum(name.startswith("weight_ih_l") for name in params) // len(directions)
+    return [[f"_l{k}{d}" for d in directions] for k in range(layers)]
+
+
+def stack_weights(params, end):
+    """(W, R, b_ih, b_hh) of the layer and direction whose names end so; None where absent.
+
+    >>> stack_weights({"weight_ih_l0": 1, "weight_hh_l0": 2}, "_l0")
+    (1, 2, None, None)
+    """
+    return tuple(params.get(p + end) for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+
+
+def stack_forward(cell, x, state, params, *, lengths=None, masks=None):
+    """Layers of one or two directions; a layer's y, its directions side by side, is the next x.
+
+    x [T, B, I]; state: the initial states, each [L*D, B, H] (layer by layer, forward direction
+    first), or None for zeros; params: name -> array, named as in torch.nn; masks: for dropout, one
+    [T, B, D*H] array for each layer but the last, with which its y is multiplied, or None.
+
+    Returns y [T, B, D*H] of the last layer; the last states, each [L*D, B, H]; and `tapes`, for
+    each layer its x and a list of its directions' tapes.
+
+    >>> one = {"weight_ih_l0": np.eye(1), "weight_hh_l0": np.eye(1)}
+    >>> two = one | {"weight_ih_l1": np.eye(1), "weight_hh_l1": np.eye(1)}
+    >>> y, _, _ = stack_forward("rnn_relu", np.ones((3, 1, 1)), None, two)
+    >>> y[:, 0, 0].tolist()
+    [1.0, 3.0, 6.0]
+    """
+    states, tapes = [], []
+    for k, ends in enumerate(stack_names(params)):
+        if k > 0 and masks is not None:
+            x = x * masks[k - 1]
+        runs = []
+        for d, end in enumerate(ends):
+            first = None if state is None else tuple(s[k * len(ends) + d] for s in state)
+            weights = stack_weights(params, end)
+            runs.append(forward(cell, x, first, weights, lengths=lengths, reverse=d == 1))
+        tapes.append((x, [tape for _, _, tape in runs]))
+        states += [state_n for _, state_n, _ in runs]
+        x = np.concatenate([y for y, _, _ in runs], axis=2)
+    return x, tuple(np.stack(s) for s in zip(*states, strict=True)), tapes
+
+
+def stack_backward(cell, tapes, params, dy, dstate, *, lengths=None, masks=None):
+    """Gradients of `stack_forward`, from its `tapes` and the gradients by its y and last states.
+
+    dy [T, B, D*H] or None, dstate: each [L*D, B, H], or None. Returns a dict: x [T, B, I], state
+    (a tuple of [L*D, B, H]) and one entry for each parameter, by its name.
+
+    >>> params = {"weight_ih_l0": np.eye(1), "weight_hh_l0": np.eye(1)}
+    >>> _, _, tapes = stack_forward("rnn_relu", np.ones((3, 1, 1)), None, params)
+    >>> grads = stack_backward("rnn_relu", tapes, params, np.ones((3, 1, 1)), None)
+    >>> grads["x"][:, 0, 0].tolist()
+    [3.0, 2.0, 1.0]
+    """
+    names = stack_names(params)
+    grads, d_first = {}, {}
+    for k, ends in reversed(list(enumerate(names))):
+        x, layer_tapes = tapes[k]
+        dys = [None] * len(ends) if dy is None else np.split(dy, len(ends), axis=2)
+        dy = 0
+        for d, end in enumerate(ends):
+            which = k * len(ends) + d
+            d_last = None if dstate is None else tuple(s[which] for s in dstate)
+            weights, tape = stack_weights(params, end), layer_tapes[d]
+            run = backward(cell, x, tape, weights, dys[d], d_last, lengths=lengths, reverse=d == 1)
+            dy = dy + run.pop("x")
+            d_first[which] = run.pop("state")
+            grads |= {name + end: grad for name, grad in run.items() if grad is not None}
+        if k > 0 and masks is not None:
+            dy = dy * masks[k - 1]
+    states = zip(*(d_first[which] for which in range(len(d_first))), strict=True)
+    return dict(x=dy, state=tuple(np.stack(s) for s in states), **grads)
+
+
+# -------------------------------------------------------------------------------------- dropout
+
+
+def mix(z):
+    """A bijection of 64-bit numbers whose results look random: one step of splitmix64.
+
+    z: uint64 array of at least one dimension (so that NumPy wraps around in silence).
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+
+    >>> [hex(v) for v in mix(np.array([0], np.uint64))]
+    ['0xe220a8397b1dcdaf']
+    """
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def dropout_mask(seed, call, layer, T, B, N, p):
+    """Which of [T, B, N] numbers dropout keeps, each with probability 1 - p.
+
+    The random number of an element is a function of (seed, call, layer, t, b, unit) alone: it does
+    not matter who computes it, nor in which order. Returns bool [T, B, N].
+
+    >>> dropout_mask(0, 0, 0, 1, 2, 4, 0.5).shape
+    (1, 2, 4)
+    """
+    key = np.zeros(1, np.uint64)
+    for number in (seed, call, layer):
+        key = mix(key + np.uint64(number))
+    t = np.arange(T, dtype=np.uint64).reshape(T, 1, 1)
+    b = np.arange(B, dtype=np.uint64).reshape(1, B, 1)
+    unit = np.arange(N, dtype=np.uint64).reshape(1, 1, N)
+    row = mix(key + ((t << np.uint64(32)) | b))
+    element = mix(row + unit)
+    return (element >> np.uint64(11)) * 2.0**-53 >= p  # 53 bits: a uniform number in [0, 1)

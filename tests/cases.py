@@ -1,0 +1,352 @@
+"""The tables all tests loop over: shapes, lengths, weights; a case, its reference, its kernel run.
+
+Knows the reference and the compiled layer. Leaves judging to the tests and to `tolerances`.
+"""
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+import rnnfast
+from rnnfast import _kernels, reference
+from rnnfast.cells import CELLS
+
+DTYPES = ("float32", "float64")
+DIRECTIONS = ("forward", "reverse", "bidirectional")
+PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+# Runs remembered: the shapes times the kinds of lengths, with which tests walk through the isas.
+CACHED = 128
+
+
+class Shape(NamedTuple):
+    """T steps, B batch, I input size, H hidden size."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+
+
+# Vectors hold 2, 4, 8 or 16 numbers, register tiles 3 or 6 rows and up to 4 vectors, panels of
+# sums 64 to 256 terms or that many rows of (t, b): sizes lie at these, one below, one above; the
+# rest are ones and primes.
+SHAPES = tuple(
+    Shape(*shape)
+    for shape in (
+        (1, 1, 1, 1),
+        (3, 2, 1, 2),
+        (2, 1, 5, 3),
+        (4, 5, 3, 4),
+        (7, 3, 2, 5),
+        (5, 1, 7, 7),
+        (3, 6, 8, 8),
+        (4, 7, 4, 9),
+        (2, 13, 16, 15),
+        (3, 4, 17, 16),
+        (6, 3, 1, 17),
+        (2, 12, 31, 31),
+        (3, 11, 9, 32),
+        (5, 5, 13, 33),
+        (2, 3, 63, 64),
+        (2, 7, 129, 65),
+        (2, 2, 257, 6),
+        (1, 19, 6, 128),
+        (67, 4, 3, 5),
+    )
+)
+LENGTHS = ("none", "uneven", "with zero", "all zero")
+WEIGHTS = ("default", "hard")
+LOSSES = ("both", "y", "state")  # by what the loss depends on: dy and dstate, or one of them
+
+
+def make_lengths(kind, T, B, rng):
+    """Lengths [B] of a kind in LENGTHS, in no order, or None; some row has length T if it may."""
+    if kind == "none":
+        return None
+    lengths = np.zeros(B, np.intp)
+    if kind != "all zero":
+        lengths[:] = rng.integers(min(1, T), T + 1, B)
+        lengths[rng.integers(B)] = T
+    if kind == "with zero":
+        lengths[rng.permutation(B)[: (B + 2) // 3]] = 0
+    return lengths
+
+
+def make_weights(cell, I, H, rng, *, bias=True, kind="default"):
+    """(W, R, b_ih, b_hh) in float64, unequal in every gate (equal ones hide a wrong order).
+
+    "default" is the initialisation of the modules, U(±1/sqrt(H)). "hard" is 4 times that, with
+    biases in ±3: gates saturate, cells add up, gradients grow or vanish.
+    """
+    shapes = CELLS[cell].weight_shapes(I, H)
+    limit = H**-0.5
+    arrays = {name: rng.uniform(-limit, limit, shape) for name, shape in shapes.items()}
+    if kind == "hard":
+        for name in arrays:
+            arrays[name] *= 3 / limit if name.startswith("bias") else 4
+    if not bias:
+        arrays["bias_ih"] = arrays["bias_hh"] = None
+    return tuple(arrays[name] for name in PARAMETERS)
+
+
+def past_lengths(lengths, T, B):
+    """bool [T, B]: true past a row's length."""
+    if lengths is None:
+        return np.zeros((T, B), bool)
+    return np.arange(T)[:, None] >= lengths
+
+
+def poison(sequence, lengths):
+    """A copy of sequence [T, B, N] with NaN past each row's length."""
+    out = sequence.copy()
+    out[past_lengths(lengths, *sequence.shape[:2])] = np.nan
+    return out
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's run, completely determined by these fields; prints as what a failure needs."""
+
+    cell: str
+    shape: Shape
+    direction: str = "forward"
+    dtype: str = "float32"
+    lengths: str = "none"
+    bias: bool = True
+    initial: bool = True  # initial states given
+    loss: str = "both"
+    weights: str = "default"
+    seed: int = 0
+
+    @property
+    def directions(self):
+        """D."""
+        return 2 if self.direction == "bidirectional" else 1
+
+    @property
+    def states(self):
+        """Names of the states: ("h",) or ("h", "c")."""
+        return CELLS[self.cell].states
+
+    def reverse(self, d):
+        """Whether direction d runs from the last valid step to the first."""
+        return self.direction == "reverse" or d == 1
+
+
+class Inputs(NamedTuple):
+    """Everything a run reads, in its dtype; read-only, with NaN past the lengths."""
+
+    x: np.ndarray  # [T, B, I]
+    lengths: np.ndarray | None  # [B]
+    state: tuple | None  # of [D, B, H]
+    weights: tuple  # of (W, R, b_ih, b_hh), one for each direction
+    dy: np.ndarray | None  # [T, B, D*H]
+    dstate: tuple | None  # of [D, B, H]
+
+
+@lru_cache(maxsize=CACHED)
+def make_inputs(case):
+    """The `Inputs` of a case."""
+    T, B, I, H = case.shape
+    D = case.directions
+    # By what the numbers depend on, so that neither dtype nor isa changes them.
+    key = (case.cell, case.direction, case.shape, case.lengths, case.weights, case.seed)
+    rng = np.random.default_rng(zlib.crc32(repr(key).encode()))
+
+    def cast(array):
+        if array is None:
+            return None
+        array = array.astype(case.dtype)
+        array.flags.writeable = False
+        return array
+
+    lengths = make_lengths(case.lengths, T, B, rng)
+    weights = tuple(
+        make_weights(case.cell, I, H, rng, bias=case.bias, kind=case.weights) for _ in range(D)
+    )
+    state = tuple(rng.standard_normal((D, B, H)) / 2 for _ in case.states)
+    dstate = tuple(rng.standard_normal((D, B, H)) for _ in case.states)
+    x = poison(rng.standard_normal((T, B, I)), lengths)
+    dy = poison(rng.standard_normal((T, B, D * H)), lengths)
+    if lengths is not None:
+        lengths.flags.writeable = False
+    return Inputs(
+        x=cast(x),
+        lengths=lengths,
+        state=tuple(map(cast, state)) if case.initial else None,
+        weights=tuple(tuple(map(cast, one)) for one in weights),
+        dy=None if case.loss == "state" else cast(dy),
+        dstate=None if case.loss == "y" else tuple(map(cast, dstate)),
+    )
+
+
+def _promote(value, dtype):
+    """An array, None, or a tuple of such, in another dtype."""
+    if isinstance(value, tuple):
+        return tuple(_promote(one, dtype) for one in value)
+    return None if value is None else value.astype(dtype)
+
+
+@lru_cache(maxsize=CACHED)
+def run_reference(case, dtype="float64"):
+    """A case by the reference, computed in `dtype` from the inputs as rounded to the case's own.
+
+    Returns a dict of read-only arrays: y, h_n, c_n, tape_gates [D, T, B, Gt, H], tape_h and tape_c
+    [D, T+1, B, H] (zeros where they mean nothing), dx, dh_0, dc_0, and for direction d the
+    gradients weight_ih[d] and so on; no entry for what the cell or the case does not have.
+    """
+    given = make_inputs(case)
+    x, state, weights, dy, dstate = (
+        _promote(v, dtype) for v in (given.x, given.state, given.weights, given.dy, given.dstate)
+    )
+    lengths, D = given.lengths, case.directions
+    ys, runs, tapes = [], [], []
+    dys = [None] * D if dy is None else np.split(dy, D, axis=2)
+    for d in range(D):
+        how = dict(lengths=lengths, reverse=case.reverse(d))
+        first = None if state is None else tuple(s[d] for s in state)
+        last = None if dstate is None else tuple(s[d] for s in dstate)
+        y, state_n, tape = reference.forward(case.cell, x, first, weights[d], **how)
+        grads = reference.backward(case.cell, x, tape, weights[d], dys[d], last, **how)
+        ys.append(y)
+        tapes.append(tape)
+        runs.append((state_n, grads))
+
+    out = {"y": np.concatenate(ys, axis=2), "dx": sum(grads["x"] for _, grads in runs)}
+    for i, name in enumerate(case.states):
+        out[f"{name}_n"] = np.stack([state_n[i] for state_n, _ in runs])
+        out[f"d{name}_0"] = np.stack([grads["state"][i] for _, grads in runs])
+        out[f"tape_{name}"] = np.nan_to_num(np.stack([tape[name] for tape in tapes]))
+    if CELLS[case.cell].tape_gates:
+        out["tape_gates"] = np.nan_to_num(np.stack([tape["gates"] for tape in tapes]))
+    for d, (_, grads) in enumerate(runs):
+        out |= {f"{p}[{d}]": grads[p] for p in PARAMETERS if grads[p] is not None}
+    for array in out.values():
+        array.flags.writeable = False
+    return out
+
+
+def gradients(case):
+    """Names of all gradients of a case, as in `run_reference`."""
+    parameters = PARAMETERS if case.bias else PARAMETERS[:2]
+    return (
+        "dx",
+        *(f"d{name}_0" for name in case.states),
+        *(f"{p}[{d}]" for d in range(case.directions) for p in parameters),
+    )
+
+
+def flip(sequence, batch_first):
+    """[T, B, N] to C-contiguous [B, T, N] if batch_first, and back; None stays."""
+    if sequence is None or not batch_first:
+        return sequence
+    out = np.ascontiguousarray(sequence.swapaxes(0, 1))
+    out.flags.writeable = sequence.flags.writeable
+    return out
+
+
+def run_kernel(
+    case, *, inputs=None, threads=1, plan="auto", batch_first=False, want=None, tape=True
+):
+    """A case by the kernels of the current isa, forward and (with a tape) backward.
+
+    inputs: others than the case's own (the sizes of x count, not those of the case); want: names
+    of the gradients asked for, or None for all. Every output is allocated here and filled with
+    NaN before, so that what the kernels leave out is seen.
+
+    Returns a dict of arrays named as in `run_reference`, and what ran: a pair of (plan, threads),
+    of forward and of backward.
+    """
+    given = make_inputs(case) if inputs is None else inputs
+    cell, D, H = CELLS[case.cell], case.directions, case.shape.H
+    T, B, I = given.x.shape
+    want = gradients(case) if want is None else want
+    number = _kernels.PLANS.index(plan)
+
+    def new(*shape):
+        return np.full(shape, np.nan, case.dtype)
+
+    def sequence(N):
+        return new(B, T, N) if batch_first else new(T, B, N)
+
+    def states_of(pair):
+        return (*(pair or ()), None, None)[:2]
+
+    x, dy = flip(given.x, batch_first), flip(given.dy, batch_first)
+    y, h_n = sequence(D * H), new(D, B, H)
+    c_n = new(D, B, H) if "c" in cell.states else None
+    gates = h_tape = c_tape = None
+    if tape:
+        gates = new(D, T, B, len(cell.tape_gates), H) if cell.tape_gates else None
+        h_tape = new(D, T + 1, B, H)
+        c_tape = new(D, T + 1, B, H) if "c" in cell.states else None
+    h_0, c_0 = states_of(given.state)
+    pack = _kernels.pack(cell.number, given.weights, _kernels.FORWARD, threads)
+    ran = _kernels.forward(
+        pack, x, y, h_0, c_0, h_n, c_n, given.lengths, gates, h_tape, c_tape,
+        batch_first, case.direction == "reverse", threads, number,
+    )  # fmt: skip
+    out = {"y": flip(y, batch_first), "h_n": h_n, "c_n": c_n}
+    if not tape:
+        return {name: a for name, a in out.items() if a is not None}, (ran, None)
+
+    before = [None if a is None else a.tobytes() for a in (gates, h_tape, c_tape)]
+    for a in (gates, h_tape, c_tape):
+        if a is not None:
+            a.flags.writeable = False
+    dh_n, dc_n = states_of(given.dstate)
+    grads = dict.fromkeys(gradients(case))
+    shapes = CELLS[case.cell].weight_shapes(I, H)
+    for name in want:
+        grads[name] = sequence(I) if name == "dx" else new(D, B, H)
+        if "[" in name:
+            grads[name] = new(*shapes[name.partition("[")[0]])
+    weights = tuple(tuple(grads.get(f"{p}[{d}]") for p in PARAMETERS) for d in range(D))
+    if all(array is None for one in weights for array in one):
+        weights = None
+    pack = _kernels.pack(cell.number, given.weights, _kernels.BACKWARD, threads)
+    ran_back = _kernels.backward(
+        pack, x, given.lengths, gates, h_tape, c_tape, dy, dh_n, dc_n,
+        grads["dx"], grads["dh_0"], grads.get("dc_0"), weights,
+        batch_first, case.direction == "reverse", threads, number,
+    )  # fmt: skip
+    after = [None if a is None else a.tobytes() for a in (gates, h_tape, c_tape)]
+    assert before == after, f"backward wrote the tape: {case}"
+    grads["dx"] = flip(grads["dx"], batch_first)
+    out |= grads | {"tape_gates": gates, "tape_h": h_tape, "tape_c": c_tape}
+    return {name: a for name, a in out.items() if a is not None}, (ran, ran_back)
+
+
+def tape_padding(name, case, lengths):
+    """bool, true in the slots of a tape array that mean nothing and must stay as they were."""
+    T, B = case.shape.T, case.shape.B
+    if name == "tape_gates":
+        return past_lengths(lengths, T, B)
+    first = np.zeros((1, B), bool)
+    return np.concatenate([first, past_lengths(lengths, T, B)])
+
+
+def make_module(cell, input_size, hidden_size, num_layers=1, **options):
+    """The module of a cell: rnnfast.RNN, LSTM or GRU."""
+    if cell.startswith("rnn_"):
+        return rnnfast.RNN(
+            input_size, hidden_size, num_layers, nonlinearity=cell.removeprefix("rnn_"), **options
+        )
+    if cell == "lstm":
+        return rnnfast.LSTM(input_size, hidden_size, num_layers, **options)
+    return rnnfast.GRU(
+        input_size, hidden_size, num_layers, reset_after=cell != "gru_reset_before", **options
+    )
+
+
+def as_tuple(state):
+    """A module's state as the reference wants it: a tuple of arrays."""
+    return state if isinstance(state, tuple) else (state,)
+
+
+def as_state(cell, state):
+    """The opposite: (h, c), or the one array of a cell that has no c; None stays."""
+    return state if state is None or len(CELLS[cell].states) == 2 else state[0]
