@@ -1,0 +1,580 @@
+"""Every check of an argument and every error message.
+
+Knows NumPy, shapes and words; nothing of kernels. Leaves allocation and arithmetic to `functional`
+and `modules`, which trust what has passed here. What passes has memory layout as the kernels want
+it: a copy is made where an argument's own layout is of no use to them, and only there.
+
+Messages have one form: the argument, what came, what is needed. The usual case (an exact, aligned
+ndarray of the right dtype) is decided by a few attribute reads; words are made on failure only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+ndarray = np.ndarray
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+INTP = np.dtype(np.intp)
+
+MAX_THREADS = 256  # workers of the pool in csrc/pool.c
+MAX_SEED = 2**63 - 1
+DLPACK_HOSTS = 1, 3  # device types of memory that the CPU reads: its own, and pinned
+# Below this many numbers no product of sizes can overflow nor be worth comparing with the memory.
+SURELY_SMALL = 2**24
+# No array may have more bytes than a ptrdiff_t counts.
+MAX_BYTES = sys.maxsize
+
+
+# ------------------------------------------------------------------------------------------ words
+
+
+def describe(value: Any) -> str:
+    """What came, in a few words, without calling code of the value's own class.
+
+    >>> describe(np.zeros((3, 4)))
+    'float64 array of shape (3, 4)'
+    >>> describe(2**80), describe("3"), describe(None)
+    ('2**80 or more', "'3'", 'None')
+    """
+    kind = type(value)
+    if isinstance(value, ndarray):
+        return f"{dtype_name(value.dtype)} array of shape {value.shape}"
+    if kind is int:
+        if value.bit_length() <= 64:
+            return str(value)
+        size = value.bit_length() - 1
+        return f"2**{size} or more" if value > 0 else f"-2**{size} or less"
+    if value is None or kind is bool or kind is float:
+        return str(value)
+    if kind is str:
+        return repr(value if len(value) <= 40 else value[:40] + "...")
+    if kind is tuple or kind is list:
+        return f"{kind.__name__} of {len(value)}"
+    return kind.__name__
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """Name of a dtype, its byte order included where it is not this machine's.
+
+    >>> dtype_name(np.dtype(np.float32))
+    'float32'
+    """
+    return dtype.name if dtype.isnative else f"{dtype.name} of foreign byte order"
+
+
+def fail(error: type[Exception], name: str, got: str, needs: str) -> NoReturn:
+    """Raises `error` in the one form of all messages.
+
+    >>> fail(ValueError, "dropout", "1.5", "a number in [0, 1)")
+    Traceback (most recent call last):
+    ValueError: dropout: got 1.5; needs a number in [0, 1)
+    """
+    raise error(f"{name}: got {got}; needs {needs}")
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def integer(name: str, value: Any, low: int, high: int = sys.maxsize) -> int:
+    """An int in low..high; bool, float and str are refused.
+
+    >>> integer("hidden_size", np.int64(8), 1)
+    8
+    >>> integer("hidden_size", 0, 1)
+    Traceback (most recent call last):
+    ValueError: hidden_size: got 0; needs an integer of at least 1
+    """
+    bounds = f"of at least {low}" if high == sys.maxsize else f"in {low}..{high}"
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        fail(TypeError, name, describe(value), f"an integer {bounds}")
+    value = int(value)
+    if not low <= value <= high:
+        fail(ValueError, name, describe(value), f"an integer {bounds}")
+    return value
+
+
+def fraction(name: str, value: Any) -> float:
+    """A float in [0, 1).
+
+    >>> fraction("dropout", 0)
+    0.0
+    """
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not real:
+        fail(TypeError, name, describe(value), "a number in [0, 1)")
+    if not 0 <= value < 1:  # a NaN is not
+        fail(ValueError, name, describe(value), "a number in [0, 1)")
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """True or False; no other object stands for them.
+
+    >>> boolean("bias", 1)
+    Traceback (most recent call last):
+    TypeError: bias: got 1; needs True or False
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        fail(TypeError, name, describe(value), "True or False")
+    return bool(value)
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """One of a few words.
+
+    >>> choice("nonlinearity", "relu", ("tanh", "relu"))
+    'relu'
+    """
+    needs = " or ".join(repr(c) for c in choices)
+    if type(value) is not str:
+        fail(TypeError, name, describe(value), needs)
+    if value not in choices:
+        fail(ValueError, name, describe(value), needs)
+    return value
+
+
+def choices(name: str, value: Any, choices: Iterable[str]) -> set[str]:
+    """Some of a few words: one alone, or a tuple, list or set of them.
+
+    >>> choices("need", "x", ("x", "state"))
+    {'x'}
+    """
+    if type(value) is str:
+        value = (value,)
+    elif not isinstance(value, (tuple, list, set, frozenset)):
+        fail(TypeError, name, describe(value), "some of " + ", ".join(map(repr, choices)))
+    return {choice(name, word, choices) for word in value}
+
+
+def path(name: str, value: Any) -> str:
+    """A file's name.
+
+    >>> path("path", b"model.npz")
+    'model.npz'
+    """
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        fail(TypeError, name, describe(value), "a file's name, a str or a Path")
+    text = os.fsdecode(value)
+    if "\0" in text:
+        fail(ValueError, name, describe(text), "a name without null characters")
+    return text
+
+
+def float_dtype(name: str, value: Any) -> np.dtype:
+    """float32 or float64, in this machine's byte order, from any of NumPy's spellings.
+
+    >>> float_dtype("dtype", "float32")
+    dtype('float32')
+    """
+    needs = "np.float32 or np.float64"
+    if value is None:  # NumPy would read float64
+        fail(TypeError, name, "None", needs)
+    try:
+        dtype = np.dtype(value)
+    except MemoryError:
+        raise
+    except Exception:
+        fail(TypeError, name, describe(value), needs)
+    if dtype == FLOAT32:
+        return FLOAT32
+    if dtype == FLOAT64:
+        return FLOAT64
+    fail(TypeError, name, dtype_name(dtype), needs)
+
+
+# ------------------------------------------------------------------------------------------ sizes
+
+
+def _machine_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return MAX_BYTES
+
+
+MACHINE_BYTES = _machine_bytes()
+
+
+def room(what: str, numbers: int, itemsize: int) -> None:
+    """Refuses sizes before anything is allocated: the one place where their product is judged.
+
+    `numbers` is a product of sizes in Python's integers, which do not overflow. Beyond what a
+    ptrdiff_t counts it is a ValueError. Beyond the machine's memory it is a MemoryError here,
+    because many systems grant such requests and end the process when the memory is used.
+
+    >>> room("x", 2**62, 4)
+    Traceback (most recent call last):
+    ValueError: x: got sizes that multiply to 2**62 or more numbers; needs at most 2**61 - 1
+    """
+    if numbers <= SURELY_SMALL:
+        return
+    if numbers * itemsize > MAX_BYTES:
+        count = f"2**{numbers.bit_length() - 1} or more"
+        got = f"sizes that multiply to {count} numbers"
+        power = (MAX_BYTES // itemsize).bit_length()
+        fail(ValueError, what, got, f"at most 2**{power} - 1")
+    if numbers * itemsize > MACHINE_BYTES:
+        raise MemoryError(
+            f"{what}: got sizes whose results take {numbers * itemsize} bytes; "
+            f"needs at most the {MACHINE_BYTES} bytes of this machine's memory"
+        )
+
+
+# ----------------------------------------------------------------------------------------- arrays
+
+
+def as_array(name: str, value: Any, dtype: np.dtype, *, detach: bool = False) -> ndarray:
+    """An exact ndarray of this dtype over the memory of `value`, whatever its rank and layout.
+
+    Taken: arrays, and objects with the buffer protocol, `__array__` or DLPack on the CPU. Refused:
+    sequences, numbers, masked arrays, any other dtype or byte order. With `detach` a tensor that
+    wants gradients is taken without them (for parameters), instead of refused.
+    """
+    if type(value) is not ndarray:
+        value = raw_array(name, value, dtype, detach)
+    if value.dtype is not dtype and value.dtype != dtype:
+        needs = f"{dtype.name}: .astype(np.{dtype.name}) converts"
+        fail(TypeError, name, describe(value), needs)
+    return value
+
+
+def raw_array(name: str, value: Any, dtype: np.dtype, detach: bool) -> ndarray:
+    """`as_array` before its look at the dtype, which is here for the message only."""
+    if type(value) is ndarray:
+        return value
+    masked = sys.modules.get("numpy.ma")
+    if masked is not None and isinstance(value, masked.MaskedArray):
+        fail(TypeError, name, "a masked array", "an array without a mask: use .filled(...)")
+    if isinstance(value, ndarray):
+        return np.asarray(value)  # its memory, without its subclass
+    kind = type(value)
+    try:
+        wants_grad = getattr(value, "requires_grad", False) is True and hasattr(value, "detach")
+        if wants_grad and detach:
+            value = value.detach()
+        result = None if wants_grad and not detach else _convert(value)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise TypeError(
+            f"{name}: got {kind.__name__}, which could not be read as an array "
+            f"({type(error).__name__}: {error}); needs an array of {dtype.name}"
+        ) from error
+    if wants_grad and not detach:
+        fail(TypeError, name, f"{kind.__name__} that requires grad", "its .detach()")
+    if not isinstance(result, ndarray):
+        needs = f"an array: np.asarray(..., dtype=np.{dtype.name}) makes one of numbers"
+        fail(TypeError, name, describe(value), needs)
+    return raw_array(name, result, dtype, detach)
+
+
+def _convert(value: Any) -> Any:
+    """By buffer, `__array__` or DLPack; None if the object has none of them.
+
+    `__array__` is called here, and once: np.asarray would also trust a bare address
+    (`__array_interface__`) and look into sequences.
+    """
+    try:
+        return np.asarray(memoryview(value))
+    except TypeError:  # no buffer
+        pass
+    if hasattr(type(value), "__array__"):
+        return value.__array__()
+    if hasattr(type(value), "__dlpack__"):
+        device, _ = value.__dlpack_device__()
+        if device not in DLPACK_HOSTS:
+            raise BufferError(f"it is on DLPack device {int(device)}, not in this machine's memory")
+        return np.from_dlpack(value)
+    return None
+
+
+def _shape(name: str, array: ndarray, shape: tuple[int, ...], letters: str) -> None:
+    if array.shape != shape:
+        fail(ValueError, name, f"shape {array.shape}", f"[{letters}] = {shape}")
+
+
+def has_rows(array: ndarray) -> bool:
+    """Whether the last axis is one run of aligned numbers, as the kernels read sequences."""
+    flags = array.flags
+    return flags.aligned and (flags.c_contiguous or array.strides[-1] == array.itemsize)
+
+
+def _rows(array: ndarray) -> ndarray:
+    """The array itself if it has rows, else a contiguous copy."""
+    return array if has_rows(array) else _copy(array)
+
+
+def contiguous(array: ndarray) -> ndarray:
+    """The array itself if it is C-contiguous and aligned, else a copy that is."""
+    flags = array.flags
+    return array if flags.aligned and flags.c_contiguous else _copy(array)
+
+
+def _copy(array: ndarray) -> ndarray:
+    room("a contiguous copy of an argument", array.size, array.itemsize)
+    return array.copy()
+
+
+def exact(name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...], letters: str) -> ndarray:
+    """A C-contiguous, aligned array of exactly this shape; `letters` name its sizes.
+
+    >>> exact("h_0", np.zeros((1, 2, 3)), FLOAT64, (1, 5, 3), "L*D, B, H")
+    Traceback (most recent call last):
+    ValueError: h_0: got shape (1, 2, 3); needs [L*D, B, H] = (1, 5, 3)
+    """
+    array = value
+    if type(array) is not ndarray or array.dtype is not dtype:
+        array = as_array(name, array, dtype)
+    if array.shape != shape:
+        _shape(name, array, shape, letters)
+    return contiguous(array)
+
+
+def sequence(
+    name: str, value: Any, dtype: np.dtype, features: int, batch_first: bool
+) -> tuple[ndarray, bool]:
+    """The input of a layer as [T, B, I], and whether it came unbatched, as [T, I].
+
+    [B, T, I] with `batch_first`. The result may be a view with any strides but the last.
+
+    >>> x, unbatched = sequence("x", np.zeros((5, 3)), FLOAT64, 3, False)
+    >>> x.shape, unbatched
+    ((5, 1, 3), True)
+    """
+    array = value
+    if type(array) is not ndarray or array.dtype is not dtype:
+        array = as_array(name, array, dtype)
+    shape = array.shape
+    rank = len(shape)
+    if not 2 <= rank <= 3:
+        letters = "B, T, I" if batch_first else "T, B, I"
+        fail(ValueError, name, f"{rank} dimensions", f"3: [{letters}], or 2: [T, I]")
+    if shape[-1] != features:
+        got = f"shape {shape}, whose last size is {shape[-1]}"
+        fail(ValueError, name, got, f"a last size of {features} (the layer's input_size)")
+    flags = array.flags
+    if not ((flags.c_contiguous and flags.aligned) or has_rows(array)):
+        array = _copy(array)
+    if rank == 2:
+        return array[:, None], True
+    return (array.transpose(1, 0, 2) if batch_first else array), False
+
+
+def gradient(
+    name: str, value: Any, dtype: np.dtype, sizes: tuple[int, int, int],
+    batch_first: bool, unbatched: bool,
+) -> ndarray:  # fmt: skip
+    """The gradient of a layer's output, shaped as that output was, as [T, B, D*H] = `sizes`."""
+    T, B, N = sizes
+    array = as_array(name, value, dtype)
+    if unbatched:
+        _shape(name, array, (T, N), "T, D*H")
+        return _rows(array)[:, None]
+    if batch_first:
+        _shape(name, array, (B, T, N), "B, T, D*H")
+        return _rows(array).transpose(1, 0, 2)
+    _shape(name, array, sizes, "T, B, D*H")
+    return _rows(array)
+
+
+# Names of the two states of a cell, h and c, as arguments; a cell without c has the first alone.
+STATE = "state (h_0)", "state (c_0)"
+DSTATE = "dstate (dh_n)", "dstate (dc_n)"
+STEP_STATE = "state (h)", "state (c)"
+
+
+def states(
+    names: tuple[str, str], value: Any, pair: bool, dtype: np.dtype,
+    sizes: tuple[int, int, int], unbatched: bool,
+) -> tuple[ndarray, ndarray | None]:  # fmt: skip
+    """The states of a layer or stack as (h, c), each [L*D, B, H] = `sizes`; c is None if no pair.
+
+    They come as a pair of arrays, or as one. Unbatched: [L*D, H].
+
+    >>> h, c = states(STATE, np.zeros((1, 8)), False, FLOAT64, (1, 1, 8), True)
+    >>> h.shape, c
+    ((1, 1, 8), None)
+    """
+    if unbatched:
+        h, c = _parts(names, value, pair, dtype, (sizes[0], sizes[2]), "L*D, H")
+        return h[:, None], None if c is None else c[:, None]
+    return _parts(names, value, pair, dtype, sizes, "L*D, B, H")
+
+
+def step_states(
+    names: tuple[str, str], value: Any, pair: bool, dtype: np.dtype, sizes: tuple[int, int],
+    unbatched: bool,
+) -> tuple[ndarray, ndarray | None]:  # fmt: skip
+    """`states` for a single step: each [B, H] = `sizes`, or [H]; returned as [1, B, H]."""
+    shape, letters = (sizes[1:], "H") if unbatched else (sizes, "B, H")
+    h, c = _parts(names, value, pair, dtype, shape, letters)
+    return h.reshape(1, *sizes), None if c is None else c.reshape(1, *sizes)
+
+
+def _parts(
+    names: tuple[str, str], value: Any, pair: bool, dtype: np.dtype, shape: tuple[int, ...],
+    letters: str,
+) -> tuple[ndarray, ndarray | None]:  # fmt: skip
+    """(h, c) or (h, None), each checked to be of this shape."""
+    kind = type(value)
+    several = kind is tuple or kind is list
+    if not pair:
+        if several:
+            fail(TypeError, names[0], describe(value), f"one array [{letters}]")
+        return exact(names[0], value, dtype, shape, letters), None
+    if not several or len(value) != 2:
+        needs = f"a pair of arrays, {names[0]} and {names[1]}, each [{letters}]"
+        fail(ValueError if several else TypeError, names[0].split()[0], describe(value), needs)
+    h, c = value
+    h = exact(names[0], h, dtype, shape, letters)
+    return h, exact(names[1], c, dtype, shape, letters)
+
+
+def lengths(name: str, value: Any, T: int, B: int, unbatched: bool) -> ndarray:
+    """Valid steps of each row: a copy as intp [B], each in 0..T.
+
+    The copy is made before the values are looked at, so that nobody can change what was checked.
+
+    >>> lengths("lengths", [3, 0], 3, 2, False)
+    array([3, 0])
+    """
+    needs = f"{B} integers in 0..{T}"
+    if unbatched:
+        fail(ValueError, name, describe(value), "None, as x is unbatched: cut x instead")
+    if type(value) in (list, tuple):
+        if len(value) != B:
+            fail(ValueError, name, f"{len(value)} values", needs)
+        return np.array([integer(f"{name}[{b}]", n, 0, T) for b, n in enumerate(value)], INTP)
+    value = raw_array(name, value, INTP, False)
+    if value.dtype.kind not in "iu":
+        fail(TypeError, name, describe(value), needs)
+    if value.shape != (B,):
+        fail(ValueError, name, f"shape {value.shape}", f"shape ({B},): {needs}")
+    own = value.copy()
+    if B and not (own.min() >= 0 and own.max() <= T):
+        b = int(np.flatnonzero((own < 0) | (own > T))[0])
+        fail(ValueError, name, f"{own[b]} in row {b}", needs)
+    return own.astype(INTP, copy=False)
+
+
+def output(
+    name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...], input_name: str, source: ndarray
+) -> ndarray:
+    """An array to write a result to: writable, of this shape, apart from the input in memory."""
+    if type(value) is not ndarray:
+        fail(TypeError, name, describe(value), f"a NumPy array of {dtype.name}")
+    if value.dtype != dtype:
+        fail(TypeError, name, describe(value), dtype.name)
+    if value.shape != shape:
+        fail(ValueError, name, f"shape {value.shape}", f"shape {shape}")
+    if not value.flags.writeable:
+        fail(ValueError, name, "a read-only array", "a writable one")
+    apart(input_name, source, name, value)
+    return value
+
+
+def apart(name: str, array: ndarray, out_name: str, out: ndarray) -> None:
+    """Refuses an output that may overlap an input, judged by the bounds of their memory.
+
+    >>> x = np.zeros(4)
+    >>> apart("x", x[:2], "out", x[1:3])
+    Traceback (most recent call last):
+    ValueError: out: got memory that overlaps x; needs memory of its own
+    """
+    if np.may_share_memory(array, out):
+        fail(ValueError, out_name, f"memory that overlaps {name}", "memory of its own")
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+Weights = tuple[tuple[ndarray, ndarray, ndarray | None, ndarray | None], ...]
+
+
+def weights(name: str, value: Any, gates: int) -> Weights:
+    """Raw weights of a layer as one (W, R, b_ih, b_hh) per direction, of one dtype.
+
+    `value` is such a tuple, W [G*H, I], R [G*H, H] and the biases [G*H] or None, or a pair of them
+    for two directions. The first W decides between float32 and float64.
+
+    >>> W, R, b = np.zeros((12, 2)), np.zeros((12, 3)), np.zeros(12)
+    >>> [a is not None for a in weights("weights", (W, R, b, None), 4)[0]]
+    [True, True, True, False]
+    """
+    needs = "(W, R, b_ih, b_hh), a pair of such tuples, or a pack"
+    sequences = tuple, list
+    if type(value) not in sequences or not value:
+        fail(TypeError, name, describe(value), needs)
+    directions = value if type(value[0]) in sequences else (value,)
+    if len(directions) > 2 or any(type(d) not in sequences or len(d) != 4 for d in directions):
+        fail(ValueError, name, describe(value), needs)
+    labels = [f"{name} ({label})" for label in ("W", "R", "b_ih", "b_hh")]
+    # As arrays, each converted once, and then by shape: an object's answer may change.
+    W = raw_array(labels[0], directions[0][0], FLOAT32, False)
+    dtype = FLOAT64 if W.dtype == FLOAT64 else FLOAT32
+    arrays = [
+        [
+            None if array is None and p >= 2 else as_array(labels[p], array, dtype)
+            for p, array in enumerate((W, *one[1:]) if d == 0 else one)
+        ]
+        for d, one in enumerate(directions)
+    ]
+    R = arrays[0][1]
+    if W.ndim != 2 or W.shape[1] < 1:
+        fail(ValueError, labels[0], f"shape {W.shape}", f"[{gates}*H, I], both at least 1")
+    if R.ndim != 2 or R.shape[1] < 1 or R.shape[0] != gates * R.shape[1]:
+        fail(ValueError, labels[1], f"shape {R.shape}", f"[{gates}*H, H], H at least 1")
+    rows, H = R.shape
+    shapes = (rows, W.shape[1]), (rows, H), (rows,), (rows,)
+    letters = "G*H, I", "G*H, H", "G*H", "G*H"
+    return tuple(
+        tuple(
+            None if one[p] is None else exact(labels[p], one[p], dtype, shapes[p], letters[p])
+            for p in range(4)
+        )
+        for one in arrays
+    )
+
+
+def entries(
+    name: str, given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype
+) -> dict[str, ndarray]:
+    """Named arrays that are exactly those of `shapes`: nothing missing, unused or mis-shaped.
+
+    All that is wrong is told at once.
+
+    >>> entries("state_dict", {"a": np.zeros(2), "b": np.zeros(3)}, {"a": (2,)}, FLOAT64)
+    Traceback (most recent call last):
+    ValueError: state_dict: got entries that do not fit: unused: b; needs exactly: a
+    """
+    if not isinstance(given, Mapping):
+        fail(TypeError, name, describe(given), "a dict of names to arrays")
+    given = dict(given)
+    missing = [key for key in shapes if key not in given]
+    unused = [key if type(key) is str else type(key).__name__ for key in given if key not in shapes]
+    arrays = {
+        key: as_array(f"{name}[{key!r}]", given[key], dtype, detach=True)
+        for key in shapes
+        if key in given
+    }
+    wrong = [
+        f"{key} {array.shape} instead of {shapes[key]}"
+        for key, array in arrays.items()
+        if array.shape != shapes[key]
+    ]
+    lists = (("missing", missing), ("unused", unused), ("mis-shaped", wrong))
+    if missing or unused or wrong:
+        got = "; ".join(f"{word}: {_some(items)}" for word, items in lists if items)
+        fail(ValueError, name, f"entries that do not fit: {got}", f"exactly: {_some(shapes)}")
+    return arrays
+
+
+def _some(items: Iterable[str]) -> str:
+    items = list(items)
+    return ", ".join(items[:12]) + (f" and {len(items) - 12} more" if len(items) > 12 else "")

@@ -1,0 +1,510 @@
+"""One recurrent layer, in one or two directions, as functions: check, allocate, call, return.
+
+Knows arrays, the table of cells and the compiled layer; no module, no stack of layers. Every call
+of the library passes through one pair, `run_forward` and `run_backward`, which trust their
+arguments. The public functions below them are the same for each cell, with checks in front.
+
+T steps, B batch, I input size, H hidden size, D directions, G parameter gates, Gt tape gates.
+`weights` is (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]) for one direction, a bias may be None;
+a pair of such tuples for two; or what `pack` made of either. Gates are in PyTorch's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _kernels, checks, config
+from .cells import CELLS, Cell
+
+__all__ = [
+    "Gradients", "Tape", "gru_backward", "gru_forward", "gru_step", "lstm_backward", "lstm_forward",
+    "lstm_step", "pack", "rnn_backward", "rnn_forward", "rnn_step",
+]  # fmt: skip
+
+FORWARD, BACKWARD = _kernels.FORWARD, _kernels.BACKWARD
+PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+NEEDS = ("x", "state", *PARAMETERS)
+
+
+class Tape:
+    """What one layer's forward saves for its backward: plain arrays in processing order.
+
+    Slot s of a reversed direction is its s-th processed step. Slots past a row's length mean
+    nothing.
+
+    - `cell`: name in CELLS
+    - `x` [T, B, I], any strides: the input itself, or the copy that was made of it. To change it
+      before backward is an error of the caller's, and makes wrong gradients
+    - `lengths` [B] intp, or None
+    - `gates` [D, T, B, Gt, H], or None if Gt = 0
+    - `h` [D, T+1, B, H], slot 0 the initial state
+    - `c` likewise, or None if the cell has no c
+    - `reverse`: one direction, from each row's last valid step to its first
+    - `batch_first`, `unbatched`: how the caller's arrays are laid out
+    - `plan`, `threads`, `isa`: what ran
+    """
+
+    __slots__ = (
+        "batch_first", "c", "cell", "gates", "h", "isa", "lengths", "plan", "reverse", "threads",
+        "unbatched", "x",
+    )  # fmt: skip
+
+    cell: str
+    x: np.ndarray
+    lengths: np.ndarray | None
+    gates: np.ndarray | None
+    h: np.ndarray
+    c: np.ndarray | None
+    reverse: bool
+    batch_first: bool
+    unbatched: bool
+    plan: str
+    threads: int
+    isa: str
+
+    def __repr__(self) -> str:
+        D, T, B, H = self.h.shape[0], self.h.shape[1] - 1, self.h.shape[2], self.h.shape[3]
+        sizes = f"T={T}, B={B}, I={self.x.shape[-1]}, H={H}, D={D}"
+        return f"Tape({self.cell!r}, {sizes}, plan={self.plan!r}, threads={self.threads})"
+
+
+class Gradients(NamedTuple):
+    """Gradients of the loss by what a forward call took; None for what was not asked for.
+
+    - `x`: shaped as the input
+    - `state`: shaped as the initial state: (dh_0, dc_0) for the LSTM, dh_0 for others
+    - `weights`: (dW, dR, db_ih, db_hh) for one direction, a pair of these for two
+    - `plan`, `threads`: what ran
+    """
+
+    x: np.ndarray | None
+    state: Any
+    weights: tuple
+    plan: str
+    threads: int
+
+
+# ----------------------------------------------------------------------- the pair that does it all
+
+
+def run_forward(
+    cell: Cell, packed: Any, x: np.ndarray, h_0: np.ndarray | None, c_0: np.ndarray | None,
+    y: np.ndarray, h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None,
+    reverse: bool, train: bool,
+) -> tuple[str, int] | Tape:  # fmt: skip
+    """One layer forward into y, h_n, c_n. Returns what ran, or with `train` the tape, which knows.
+
+    x [T, B, I], y [T, B, D*H]: any strides but the last; states [D, B, H]; lengths [B] intp.
+    """
+    if not train:
+        return _kernels.forward(
+            packed, x, y, h_0, c_0, h_n, c_n, lengths, None, None, None,
+            False, reverse, config.threads, config.plan,
+        )  # fmt: skip
+    D, B, H = h_n.shape
+    T, dtype, tape_gates = x.shape[0], x.dtype, len(cell.tape_gates)
+    tape = Tape()
+    tape.cell, tape.x, tape.lengths, tape.reverse = cell.name, x, lengths, reverse
+    tape.batch_first = tape.unbatched = False
+    tape.gates = gates = np.empty((D, T, B, tape_gates, H), dtype) if tape_gates else None
+    tape.h = h = np.empty((D, T + 1, B, H), dtype)
+    tape.c = c = None if c_n is None else np.empty((D, T + 1, B, H), dtype)
+    tape.plan, tape.threads = _kernels.forward(
+        packed, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c,
+        False, reverse, config.threads, config.plan,
+    )  # fmt: skip
+    tape.isa = packed.isa
+    return tape
+
+
+def run_backward(
+    packed: Any, tape: Tape, dy: np.ndarray | None, dh_n: np.ndarray | None,
+    dc_n: np.ndarray | None, dx: np.ndarray | None, dh_0: np.ndarray | None,
+    dc_0: np.ndarray | None, grads: tuple | None,
+) -> tuple[str, int]:  # fmt: skip
+    """One layer backward into dx, dh_0, dc_0 and grads (each None where not wanted).
+
+    `grads` has one (dW, dR, db_ih, db_hh) per direction. Returns what ran.
+    """
+    return _kernels.backward(
+        packed, tape.x, tape.lengths, tape.gates, tape.h, tape.c, dy, dh_n, dc_n, dx, dh_0, dc_0,
+        grads, False, tape.reverse, config.threads, config.plan,
+    )  # fmt: skip
+
+
+def tape_numbers(cell: Cell, T: int, B: int, H: int, directions: int) -> int:
+    """How many numbers a layer's tape holds, x aside."""
+    return directions * B * H * (T * len(cell.tape_gates) + (T + 1) * len(cell.states))
+
+
+def check_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtype) -> None:
+    """Refuses a tape of another cell, other I, H, D = `sizes` or dtype, or one that was altered."""
+    if type(tape) is not Tape:
+        checks.fail(TypeError, "tape", checks.describe(tape), "what forward returned as its tape")
+    altered = "an altered one", "one as forward returned it"
+    try:
+        x, h, lengths = tape.x, tape.h, tape.lengths
+        arrays = type(h) is np.ndarray and h.ndim == 4 and type(x) is np.ndarray and x.ndim == 3
+        if not arrays:
+            checks.fail(ValueError, "tape", *altered)
+        if tape.cell != cell.name:
+            checks.fail(ValueError, "tape", f"one of cell {tape.cell!r}", f"one of {cell.name!r}")
+        if (x.shape[2], h.shape[3], h.shape[0]) != sizes or h.dtype != dtype:
+            I, H, D = sizes
+            needs = f"one with I={I}, H={H}, D={D} in {dtype}"
+            checks.fail(ValueError, "tape", f"{tape!r} in {h.dtype}", needs)
+        T, B, _ = x.shape
+        D, _, _, H = h.shape
+        states, gates = (D, T + 1, B, H), len(cell.tape_gates)
+        right = (
+            _is(h, states, dtype)
+            and _is(tape.c, states if "c" in cell.states else None, dtype)
+            and _is(tape.gates, (D, T, B, gates, H) if gates else None, dtype)
+            and x.dtype == dtype
+            and checks.has_rows(x)
+            and (lengths is None or _is(lengths, (B,), checks.INTP))
+            and (lengths is None or B == 0 or 0 <= lengths.min() <= lengths.max() <= T)
+            and type(tape.reverse) is type(tape.batch_first) is type(tape.unbatched) is bool
+            and (B == 1 or not tape.unbatched)
+        )
+    except AttributeError:  # a tape that was never filled
+        right = False
+    if not right:
+        checks.fail(ValueError, "tape", *altered)
+
+
+def _is(array: Any, shape: tuple[int, ...] | None, dtype: np.dtype) -> bool:
+    if shape is None:
+        return array is None
+    return (
+        type(array) is np.ndarray
+        and array.shape == shape
+        and array.dtype == dtype
+        and array.flags.c_contiguous
+        and array.flags.aligned
+    )
+
+
+# ---------------------------------------------------------------------------- weights, checked
+
+
+def pack(cell: str, weights: Any, kind: str = "forward") -> Any:
+    """Lays a layer's weights out for the kernels, once for many calls; a copy, deaf to later edits.
+
+    cell: a name in CELLS; kind: "forward" (also for the steps) or "backward". The result stands
+    for `weights` in the functions of that kind.
+
+    >>> import numpy as np
+    >>> W, R = np.ones((4, 1), np.float32), np.ones((4, 1), np.float32)
+    >>> packed = pack("lstm", (W, R, None, None))
+    >>> packed.hidden_size, packed.directions
+    (1, 1)
+    """
+    row = CELLS[checks.choice("cell", cell, CELLS)]
+    checks.choice("kind", kind, ("forward", "backward"))
+    return _pack(row, weights, FORWARD if kind == "forward" else BACKWARD)[0]
+
+
+def _pack(cell: Cell, weights: Any, kind: int) -> tuple[Any, tuple | None]:
+    """The pack of this kind, and the checked raw weights, or None if they came packed."""
+    if type(weights) is not _kernels.Pack:
+        raw = checks.weights("weights", weights, len(cell.gates))
+        return _kernels.pack(cell.number, raw, kind, config.threads), raw
+    if not weights.nbytes:  # none that `pack` has made
+        checks.fail(ValueError, "weights", "an empty pack", "one that `pack` has made")
+    if weights.cell != cell.number:
+        name = next(c.name for c in CELLS.values() if c.number == weights.cell)
+        checks.fail(ValueError, "weights", f"a pack for {name!r}", f"one for {cell.name!r}")
+    if weights.kind != kind:
+        words = {FORWARD: "forward", BACKWARD: "backward"}
+        got = f"a pack of kind {words[weights.kind]!r}"
+        checks.fail(ValueError, "weights", got, f"one of kind {words[kind]!r}")
+    return weights, None
+
+
+def _dtype(packed: Any) -> np.dtype:
+    return checks.FLOAT32 if packed.dtype == "f" else checks.FLOAT64
+
+
+# ---------------------------------------------------------------------------- the same for all
+
+
+def _forward(
+    cell: Cell, x: Any, state: Any, weights: Any, lengths: Any, batch_first: bool, reverse: bool,
+    train: bool,
+) -> tuple[np.ndarray, Any, Tape | None]:  # fmt: skip
+    batch_first = checks.boolean("batch_first", batch_first)
+    reverse = checks.boolean("reverse", reverse)
+    train = checks.boolean("train", train)
+    packed, _ = _pack(cell, weights, FORWARD)
+    H, D, dtype = packed.hidden_size, packed.directions, _dtype(packed)
+    if reverse and D == 2:
+        needs = "False: of two directions the second is the reversed one"
+        checks.fail(ValueError, "reverse", "True", needs)
+    x, unbatched = checks.sequence("x", x, dtype, packed.input_size, batch_first)
+    T, B, _ = x.shape
+    numbers = (T + 2) * B * D * H + (tape_numbers(cell, T, B, H, D) if train else 0)
+    checks.room("x", max(numbers, x.size), dtype.itemsize)
+    pair = "c" in cell.states
+    h_0 = c_0 = None
+    if state is not None:
+        h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, (D, B, H), unbatched)
+    if lengths is not None:
+        lengths = checks.lengths("lengths", lengths, T, B, unbatched)
+
+    y = result = new_sequence(T, B, D * H, dtype, batch_first, unbatched)
+    h_n = np.empty((D, B, H), dtype)
+    c_n = np.empty((D, B, H), dtype) if pair else None
+    y = as_steps(result, batch_first, unbatched)
+    ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, reverse, train)
+    tape = None
+    if train:
+        tape = ran
+        tape.batch_first, tape.unbatched = batch_first, unbatched
+    if unbatched:
+        h_n, c_n = h_n[:, 0], None if c_n is None else c_n[:, 0]
+    return result, (h_n, c_n) if pair else h_n, tape
+
+
+def new_sequence(
+    T: int, B: int, N: int, dtype: np.dtype, batch_first: bool, unbatched: bool
+) -> np.ndarray:
+    """A fresh sequence in the caller's layout: [T, B, N], [B, T, N], or [T, N]."""
+    if unbatched:
+        return np.empty((T, N), dtype)
+    return np.empty((B, T, N) if batch_first else (T, B, N), dtype)
+
+
+def as_steps(array: np.ndarray, batch_first: bool, unbatched: bool) -> np.ndarray:
+    """A sequence in the caller's layout, seen as [T, B, N]."""
+    if unbatched:
+        return array[:, None]
+    return array.transpose(1, 0, 2) if batch_first else array
+
+
+def _backward(
+    cell: Cell, tape: Tape, weights: Any, dy: Any, dstate: Any, need: Iterable[str]
+) -> Gradients:
+    needed = checks.choices("need", need, NEEDS)
+    packed, raw = _pack(cell, weights, BACKWARD)
+    I, H, D, dtype = packed.input_size, packed.hidden_size, packed.directions, _dtype(packed)
+    check_tape(tape, cell, (I, H, D), dtype)
+    T, B, _ = tape.x.shape
+    pair = "c" in cell.states
+    batch_first, unbatched = tape.batch_first, tape.unbatched
+    if dy is not None:
+        dy = checks.gradient("dy", dy, dtype, (T, B, D * H), batch_first, unbatched)
+    dh_n = dc_n = None
+    if dstate is not None:
+        dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, (D, B, H), unbatched)
+    checks.room("tape", T * B * I, dtype.itemsize)
+
+    dx = dx_steps = dh_0 = dc_0 = None
+    if "x" in needed:
+        dx = new_sequence(T, B, I, dtype, batch_first, unbatched)
+        dx_steps = as_steps(dx, batch_first, unbatched)
+    if "state" in needed:
+        dh_0 = np.empty((D, B, H), dtype)
+        dc_0 = np.empty((D, B, H), dtype) if pair else None
+    shapes = cell.weight_shapes(I, H)
+    grads = tuple(
+        tuple(
+            np.empty(shapes[name], dtype)
+            if name in needed and (raw is None or raw[d][p] is not None)
+            else None
+            for p, name in enumerate(PARAMETERS)
+        )
+        for d in range(D)
+    )
+    wanted = grads if needed.intersection(PARAMETERS) else None
+    plan, threads = run_backward(packed, tape, dy, dh_n, dc_n, dx_steps, dh_0, dc_0, wanted)
+    dstate_0 = None
+    if dh_0 is not None:
+        if unbatched:
+            dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
+        dstate_0 = (dh_0, dc_0) if pair else dh_0
+    return Gradients(dx, dstate_0, grads if D == 2 else grads[0], plan, threads)
+
+
+def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
+    packed, _ = _pack(cell, weights, FORWARD)
+    I, H, dtype = packed.input_size, packed.hidden_size, _dtype(packed)
+    if packed.directions != 1:
+        checks.fail(ValueError, "weights", "two directions", "one: a step cannot run backwards")
+    x = checks.as_array("x", x, dtype)
+    unbatched = x.ndim == 1
+    shape = x.shape if x.ndim in (1, 2) else None
+    if shape is None or shape[-1] != I:
+        checks.fail(ValueError, "x", f"shape {x.shape}", f"[B, I] or [I] with I = {I}")
+    B = 1 if unbatched else shape[0]
+    checks.room("x", B * (I + H), dtype.itemsize)
+    x = checks.contiguous(x).reshape(1, B, I)
+    pair = "c" in cell.states
+    h_0 = c_0 = None
+    if state is not None:
+        names = checks.STEP_STATE
+        h_0, c_0 = checks.step_states(names, state, pair, dtype, (B, H), unbatched)
+    y, h_n = np.empty((1, B, H), dtype), np.empty((1, B, H), dtype)
+    c_n = np.empty((1, B, H), dtype) if pair else None
+    run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, None, False, False)
+    h, c = (None if s is None else s[0, 0] if unbatched else s[0] for s in (h_n, c_n))
+    return (h, c) if pair else h
+
+
+# ---------------------------------------------------------------------------------- by cell
+
+
+def _rnn(nonlinearity: str) -> Cell:
+    return CELLS["rnn_" + checks.choice("nonlinearity", nonlinearity, ("tanh", "relu"))]
+
+
+def _gru(reset_after: bool) -> Cell:
+    return CELLS["gru" if checks.boolean("reset_after", reset_after) else "gru_reset_before"]
+
+
+def lstm_forward(
+    x: Any, state: Any, weights: Any, *, lengths: Any = None, batch_first: bool = False,
+    reverse: bool = False, train: bool = True,
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], Tape | None]:  # fmt: skip
+    """A layer of LSTM cells through time (equations: `rnnfast.reference.lstm_step`).
+
+    x [T, B, I], [B, T, I] with `batch_first`, or [T, I]; state: (h_0, c_0), each [D, B, H]
+    ([D, H] for an x of two dimensions), or None for zeros; lengths [B], the valid steps of each
+    row; reverse: one direction, from each row's last valid step to its first.
+
+    Returns y [T, B, D*H] in the layout of x, zero past a row's length; (h_n, c_n), the states
+    after each row's last valid step; and the tape, None without `train`. Raises TypeError,
+    ValueError, MemoryError, and KeyboardInterrupt when interrupted.
+
+    >>> import numpy as np
+    >>> weights = np.ones((4, 1)), np.ones((4, 1)), None, None
+    >>> y, (h_n, c_n), tape = lstm_forward(np.zeros((3, 2, 1)), None, weights)
+    >>> y.shape, h_n.shape, tape.gates.shape
+    ((3, 2, 1), (1, 2, 1), (1, 3, 2, 4, 1))
+    """
+    return _forward(CELLS["lstm"], x, state, weights, lengths, batch_first, reverse, train)
+
+
+def lstm_backward(
+    tape: Tape, weights: Any, dy: Any, dstate: Any, *, need: Iterable[str] = NEEDS
+) -> Gradients:
+    """Gradients through the call of `lstm_forward` that made `tape`, which may be used again.
+
+    weights: those of the forward call; dy: shaped as y, dstate: (dh_n, dc_n) shaped as the states,
+    each may be None for zeros; need: which of "x", "state", "weight_ih", "weight_hh", "bias_ih"
+    and "bias_hh" to compute. Returns `Gradients`. Raises as `lstm_forward`.
+
+    >>> import numpy as np
+    >>> weights = np.ones((4, 1)), np.ones((4, 1)), None, None
+    >>> y, _, tape = lstm_forward(np.zeros((3, 2, 1)), None, weights)
+    >>> grads = lstm_backward(tape, weights, np.ones_like(y), None, need=("x", "weight_ih"))
+    >>> grads.x.shape, grads.weights[0].shape, grads.state
+    ((3, 2, 1), (4, 1), None)
+    """
+    return _backward(CELLS["lstm"], tape, weights, dy, dstate, need)
+
+
+def lstm_step(x: Any, state: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
+    """One step of an LSTM layer: x [B, I], state (h, c) each [B, H] or None -> the next (h, c).
+
+    [I] and [H] without a batch. Raises as `lstm_forward`.
+
+    >>> import numpy as np
+    >>> h, c = lstm_step(np.zeros(1), None, (np.ones((4, 1)), np.ones((4, 1)), None, None))
+    >>> h, c
+    (array([0.]), array([0.]))
+    """
+    return _step(CELLS["lstm"], x, state, weights)
+
+
+def rnn_forward(
+    x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh", lengths: Any = None,
+    batch_first: bool = False, reverse: bool = False, train: bool = True,
+) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
+    """A layer of simple recurrent cells, "tanh" or "relu", through time.
+
+    As `lstm_forward`, but for the state, which is h_0 alone (equations:
+    `rnnfast.reference.rnn_tanh_step`, `rnn_relu_step`).
+
+    >>> import numpy as np
+    >>> weights = np.ones((1, 1)), np.full((1, 1), 2.0), None, None
+    >>> y, h_n, _ = rnn_forward(np.ones((3, 1)), None, weights, nonlinearity="relu")
+    >>> y.tolist(), h_n.tolist()
+    ([[1.0], [3.0], [7.0]], [[7.0]])
+    """
+    cell = _rnn(nonlinearity)
+    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train)
+
+
+def rnn_backward(
+    tape: Tape, weights: Any, dy: Any, dstate: Any, *, nonlinearity: str = "tanh",
+    need: Iterable[str] = NEEDS,
+) -> Gradients:  # fmt: skip
+    """Gradients through the call of `rnn_forward` that made `tape`; see `lstm_backward`.
+
+    >>> import numpy as np
+    >>> weights = np.ones((1, 1)), np.full((1, 1), 2.0), None, None
+    >>> _, _, tape = rnn_forward(np.ones((3, 1)), None, weights, nonlinearity="relu")
+    >>> grads = rnn_backward(tape, weights, None, np.ones((1, 1)), nonlinearity="relu")
+    >>> grads.x.tolist(), grads.state.tolist()
+    ([[4.0], [2.0], [1.0]], [[8.0]])
+    """
+    return _backward(_rnn(nonlinearity), tape, weights, dy, dstate, need)
+
+
+def rnn_step(x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh") -> np.ndarray:
+    """One step of a simple recurrent layer: x [B, I], h [B, H] or None -> the next h.
+
+    >>> import numpy as np
+    >>> weights = np.ones((1, 1)), np.full((1, 1), 2.0), None, None
+    >>> rnn_step(np.ones(1), np.ones(1), weights, nonlinearity="relu")
+    array([3.])
+    """
+    return _step(_rnn(nonlinearity), x, state, weights)
+
+
+def gru_forward(
+    x: Any, state: Any, weights: Any, *, reset_after: bool = True, lengths: Any = None,
+    batch_first: bool = False, reverse: bool = False, train: bool = True,
+) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
+    """A layer of gated recurrent units through time; the reset gate after the product, or before.
+
+    As `lstm_forward`, but for the state, which is h_0 alone (equations:
+    `rnnfast.reference.gru_step`, `gru_reset_before_step`).
+
+    >>> import numpy as np
+    >>> weights = np.ones((3, 1)), np.ones((3, 1)), None, None
+    >>> y, h_n, tape = gru_forward(np.zeros((2, 4, 1)), None, weights)
+    >>> y.shape, h_n.shape, tape.gates.shape
+    ((2, 4, 1), (1, 4, 1), (1, 2, 4, 4, 1))
+    """
+    cell = _gru(reset_after)
+    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train)
+
+
+def gru_backward(
+    tape: Tape, weights: Any, dy: Any, dstate: Any, *, reset_after: bool = True,
+    need: Iterable[str] = NEEDS,
+) -> Gradients:  # fmt: skip
+    """Gradients through the call of `gru_forward` that made `tape`; see `lstm_backward`.
+
+    >>> import numpy as np
+    >>> weights = np.ones((3, 1)), np.ones((3, 1)), None, None
+    >>> y, _, tape = gru_forward(np.zeros((2, 4, 1)), None, weights)
+    >>> gru_backward(tape, weights, np.ones_like(y), None, need="state").state.shape
+    (1, 4, 1)
+    """
+    return _backward(_gru(reset_after), tape, weights, dy, dstate, need)
+
+
+def gru_step(x: Any, state: Any, weights: Any, *, reset_after: bool = True) -> np.ndarray:
+    """One step of a GRU layer: x [B, I], h [B, H] or None -> the next h.
+
+    >>> import numpy as np
+    >>> gru_step(np.zeros((2, 1)), None, (np.ones((3, 1)), np.ones((3, 1)), None, None)).shape
+    (2, 1)
+    """
+    return _step(_gru(reset_after), x, state, weights)

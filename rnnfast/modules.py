@@ -1,0 +1,876 @@
+"""RNN, LSTM and GRU: stacks of layers that own their parameters; and their streams.
+
+Knows parameters, layers, directions and dropout between layers; passes each layer's work to
+`functional` and each question about an argument to `checks`.
+
+T steps, B batch, I input size, H hidden size, L layers, D directions, as everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from . import _kernels, checks, config, functional
+from .cells import CELLS, Cell
+from .functional import (
+    BACKWARD,
+    FORWARD,
+    PARAMETERS,
+    Tape,
+    as_steps,
+    new_sequence,
+    run_backward,
+    run_forward,
+)
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+ENDS = ("", "_reverse")  # of the parameters' names, by direction
+
+
+class Arrays(Mapping):
+    """Named views of one flat buffer. Assigning to a name writes into the view.
+
+    >>> lstm = LSTM(2, 1, seed=0)
+    >>> lstm.params["bias_ih_l0"] = np.ones(4, np.float32)
+    >>> lstm.params["bias_ih_l0"] -= 1
+    >>> float(lstm.flat[12:16].sum())
+    0.0
+    """
+
+    __slots__ = ("_views",)
+
+    def __init__(self, views: dict[str, np.ndarray]) -> None:
+        self._views = views
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._views[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        view = self._views[name]
+        if value is view:  # the end of an in-place operation
+            return
+        view[...] = checks.exact(name, value, view.dtype, view.shape, "as the parameter")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __repr__(self) -> str:
+        return repr({name: view.shape for name, view in self._views.items()})
+
+
+class StackTape:
+    """What a module's `forward_train` saves for `backward`.
+
+    - `layers`: one `functional.Tape` per layer
+    - `plan`, `threads`, `isa`: what ran; of layers that differ, the one with most threads
+    """
+
+    __slots__ = ("_dropout", "isa", "layers", "plan", "threads")
+
+    def __init__(self, layers: tuple[Tape, ...], dropout: tuple[float, int, int]) -> None:
+        most = max(layers, key=lambda layer: layer.threads)
+        self.layers = layers
+        self.plan, self.threads, self.isa = most.plan, most.threads, most.isa
+        self._dropout = dropout  # probability, seed, call: what the masks are made of
+
+    def __repr__(self) -> str:
+        return f"StackTape({', '.join(map(repr, self.layers))})"
+
+
+def _aligned(numbers: int, dtype: np.dtype) -> np.ndarray:
+    """A zeroed flat buffer that starts at a cache line."""
+    raw = np.zeros(numbers * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + numbers * dtype.itemsize].view(dtype)
+
+
+def _argument(name: str, doc: str) -> Any:
+    """A constructor's argument as an attribute that can be read only."""
+    return property(lambda module: module._arguments[name], doc=doc)
+
+
+class Recurrent:
+    """What RNN, LSTM and GRU have in common: all but the constructor's arguments.
+
+    `params` and `grads` map PyTorch's names to views of `flat` and `flat_grads`, one buffer each.
+    """
+
+    _file_name: str
+
+    @staticmethod
+    def _cell_of(arguments: dict[str, Any]) -> Cell:
+        """The cell that a class's own arguments ask for; checks these."""
+        raise NotImplementedError
+
+    def _build(self, arguments: dict[str, Any], fill: bool = True) -> None:
+        """Checks the constructor's arguments and makes the parameters, random ones with `fill`."""
+        self._arguments = arguments = _checked(arguments)
+        self._cell = cell = type(self)._cell_of(arguments)
+        I, H, L = arguments["input_size"], arguments["hidden_size"], arguments["num_layers"]
+        D, bias = 2 if arguments["bidirectional"] else 1, arguments["bias"]
+        if arguments["seed"] is None:
+            arguments["seed"] = int.from_bytes(os.urandom(8), "little") >> 1
+        sizes = "input_size, hidden_size, num_layers"
+        checks.room(sizes, _module_bytes(cell, I, H, L, D, bias), 1)
+        # What every call reads. The public attributes are read-only: the kernels trust sizes.
+        self._sizes = I, H, L, D
+        self._dtype = dtype = arguments["dtype"]
+        self._batch_first = arguments["batch_first"]
+        self._dropout = arguments["dropout"], arguments["seed"]
+        self._dropout_calls = 0
+        self._pair = "c" in cell.states
+
+        self._shapes = parameter_shapes(cell, I, H, L, D, bias)
+        numbers = sum(_size(shape) for shape in self._shapes.values())
+        self._flat, self._flat_grads = (_aligned(numbers, dtype) for _ in range(2))
+        self._params = Arrays(_views(self._flat, self._shapes))
+        self._grads = Arrays(_views(self._flat_grads, self._shapes))
+        # Views of the library's own: what a caller does to the shape of a public one is not seen.
+        self._weights = self._by_layer(_views(self._flat, self._shapes))
+        self._packs: list[Any] | None = None  # kept while frozen
+        self._backward_packs: list[Any] | None = None
+        self._scratch: list[tuple[np.ndarray, tuple]] = []
+        if fill:
+            bound = 1 / np.sqrt(H)
+            random = np.random.default_rng(arguments["seed"])
+            self._flat[...] = random.uniform(-bound, bound, numbers)
+
+    def _by_layer(self, views: dict[str, np.ndarray]) -> tuple:
+        """For each layer, for each direction, (W, R, b_ih, b_hh)."""
+        _, _, L, D = self._sizes
+        return tuple(
+            tuple(
+                tuple(views.get(f"{name}_l{layer}{end}") for name in PARAMETERS) for end in ENDS[:D]
+            )
+            for layer in range(L)
+        )
+
+    # ------------------------------------------------------------------------------- arguments
+
+    input_size = _argument("input_size", "I")
+    hidden_size = _argument("hidden_size", "H")
+    num_layers = _argument("num_layers", "L")
+    bias = _argument("bias", "Whether there are bias_ih and bias_hh.")
+    batch_first = _argument("batch_first", "Whether x and y are [B, T, ...].")
+    dropout = _argument("dropout", "Probability of a drop between layers, in `forward_train`.")
+    bidirectional = _argument("bidirectional", "Whether D is 2.")
+    dtype = _argument("dtype", "float32 or float64: of parameters, inputs and results.")
+    seed = _argument("seed", "Of the initial parameters and of dropout; drawn if none was given.")
+
+    @property
+    def dropout_calls(self) -> int:
+        """Completed calls of `forward_train`; with `seed` it decides the next dropout masks."""
+        return self._dropout_calls
+
+    @dropout_calls.setter
+    def dropout_calls(self, value: int) -> None:
+        self._dropout_calls = checks.integer("dropout_calls", value, 0)
+
+    # ------------------------------------------------------------------------------ parameters
+
+    @property
+    def params(self) -> Arrays:
+        """Parameters by PyTorch's names, in PyTorch's order: views of `flat`."""
+        return self._params
+
+    @property
+    def grads(self) -> Arrays:
+        """Gradients by the names of the parameters: views of `flat_grads`."""
+        return self._grads
+
+    @property
+    def flat(self) -> np.ndarray:
+        """All parameters in one buffer. Assigning writes into it: `lstm.flat -= lr * g` works."""
+        return self._flat
+
+    @flat.setter
+    def flat(self, value: Any) -> None:
+        _assign("flat", self._flat, value)
+
+    @property
+    def flat_grads(self) -> np.ndarray:
+        """All gradients in one buffer, in the order of `flat`."""
+        return self._flat_grads
+
+    @flat_grads.setter
+    def flat_grads(self, value: Any) -> None:
+        _assign("flat_grads", self._flat_grads, value)
+
+    def zero_grad(self) -> None:
+        """Sets all gradients to zero.
+
+        >>> lstm = LSTM(2, 3)
+        >>> lstm.flat_grads += 1
+        >>> lstm.zero_grad()
+        >>> float(lstm.flat_grads.max())
+        0.0
+        """
+        self._flat_grads[...] = 0
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of all parameters, by PyTorch's names.
+
+        >>> list(LSTM(2, 3, bias=False).state_dict())
+        ['weight_ih_l0', 'weight_hh_l0']
+        """
+        return {name: view.copy() for name, view in self._params.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes all parameters from a dict of arrays or tensors, such as PyTorch's `state_dict()`.
+
+        Raises ValueError if an entry is missing, unused or mis-shaped, TypeError for another
+        dtype; nothing is changed then.
+
+        >>> a, b = GRU(2, 3, seed=1), GRU(2, 3, seed=2)
+        >>> b.load_state_dict(a.state_dict())
+        >>> bool((a.flat == b.flat).all())
+        True
+        """
+        if self._packs is not None:
+            checks.fail(ValueError, "load_state_dict", "a frozen module", "unfreeze() first")
+        # Into a buffer first, in case reading an entry fails or an entry is a view of this module.
+        fresh = np.empty_like(self._flat)
+        views = _views(fresh, self._shapes)
+        arrays = checks.entries("state_dict", state_dict, self._shapes, self.dtype)
+        for name, array in arrays.items():
+            views[name][...] = array
+        self._flat[...] = fresh
+
+    def freeze(self) -> None:
+        """Makes the parameters read-only and keeps the kernels' packs of them, until `unfreeze`.
+
+        Calls are then spared the packing. Views of `flat` that were made elsewhere may stay
+        writable; writing to them has no effect on the results until `unfreeze`.
+
+        >>> lstm = LSTM(2, 3)
+        >>> lstm.freeze()
+        >>> lstm.flat[0] = 1
+        Traceback (most recent call last):
+        ValueError: assignment destination is read-only
+        >>> lstm.unfreeze()
+        """
+        if self._packs is None:
+            self._packs = self._pack_all(FORWARD)
+            self._set_writeable(False)
+
+    def unfreeze(self) -> None:
+        """Makes the parameters writable again and drops the packs."""
+        self._packs = self._backward_packs = None
+        self._set_writeable(True)
+
+    def _set_writeable(self, writeable: bool) -> None:
+        for array in (self._flat, *self._params.values()):
+            array.flags.writeable = writeable
+
+    def _pack(self, layer: int, kind: int) -> Any:
+        return _kernels.pack(self._cell.number, self._weights[layer], kind, config.threads)
+
+    def _pack_all(self, kind: int) -> list[Any]:
+        return [self._pack(layer, kind) for layer in range(len(self._weights))]
+
+    # ------------------------------------------------------------------------------------ calls
+
+    def __call__(self, x: Any, state: Any = None, lengths: Any = None) -> tuple[np.ndarray, Any]:
+        """Inference: no tape, no dropout.
+
+        x [T, B, I], [B, T, I] with batch_first, or unbatched [T, I]; state: (h_0, c_0) for the
+        LSTM, h_0 for others, each [L*D, B, H] ([L*D, H] unbatched), or None for zeros; lengths
+        [B]: the valid steps of each row, in any order, or None.
+
+        Returns y [T, B, D*H] in the layout of x, zero past a row's length, and the states after
+        each row's last valid step, shaped as `state`. Raises TypeError, ValueError or MemoryError,
+        and KeyboardInterrupt when interrupted.
+
+        >>> lstm = LSTM(3, 5)
+        >>> y, (h_n, c_n) = lstm(np.zeros((7, 2, 3), np.float32))
+        >>> y.shape, h_n.shape, c_n.shape
+        ((7, 2, 5), (1, 2, 5), (1, 2, 5))
+        """
+        y, state_n, _ = self._forward(x, state, lengths, False)
+        return y, state_n
+
+    def forward_train(
+        self, x: Any, state: Any = None, lengths: Any = None
+    ) -> tuple[np.ndarray, Any, StackTape]:
+        """As a plain call, with dropout between layers and a tape for `backward`.
+
+        The tape holds x itself, not a copy, unless one had to be made; neither x nor the
+        parameters may be changed before `backward`.
+
+        >>> lstm = LSTM(3, 5)
+        >>> y, state, tape = lstm.forward_train(np.zeros((7, 2, 3), np.float32))
+        >>> y.shape, len(tape.layers)
+        ((7, 2, 5), 1)
+        """
+        return self._forward(x, state, lengths, True)
+
+    def _forward(
+        self, x: Any, state: Any, lengths: Any, train: bool
+    ) -> tuple[np.ndarray, Any, StackTape | None]:
+        cell, dtype, batch_first = self._cell, self._dtype, self._batch_first
+        I, H, L, D = self._sizes
+        x, unbatched = checks.sequence("x", x, dtype, I, batch_first)
+        T, B, _ = x.shape
+        rows, N = L * D, D * H
+        # At most 16 numbers a layer: y, its dropped copy, states and gates of the tape, or less.
+        if (T + 1) * B * (I + 16 * L * N) > checks.SURELY_SMALL:
+            numbers = T * B * (I + 2 * N) + 2 * rows * B * H
+            if train:
+                numbers += L * (functional.tape_numbers(cell, T, B, H, D) + 2 * T * B * N)
+            checks.room("x", numbers, dtype.itemsize)
+        h_0 = c_0 = None
+        if state is not None:
+            sizes = (rows, B, H)
+            h_0, c_0 = checks.states(checks.STATE, state, self._pair, dtype, sizes, unbatched)
+        if lengths is not None:
+            lengths = checks.lengths("lengths", lengths, T, B, unbatched)
+
+        h_n = np.empty((rows, B, H), dtype)
+        c_n = np.empty((rows, B, H), dtype) if self._pair else None
+        if batch_first or unbatched:
+            result = new_sequence(T, B, N, dtype, batch_first, unbatched)
+            y = as_steps(result, batch_first, unbatched)
+        else:
+            y = result = np.empty((T, B, N), dtype)
+        call = self._dropout_calls
+        if L == 1:
+            packed = self._packs[0] if self._packs else self._pack(0, FORWARD)
+            ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, False, train)
+            tapes = (ran,)
+        else:
+            tapes = self._forward_layers(x, h_0, c_0, y, h_n, c_n, lengths, train, call)
+        if unbatched:
+            h_n, c_n = h_n[:, 0], None if c_n is None else c_n[:, 0]
+        state_n = h_n if c_n is None else (h_n, c_n)
+        if not train:
+            return result, state_n, None
+        for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
+            tape.batch_first, tape.unbatched = batch_first, unbatched
+        self._dropout_calls = call + 1
+        return result, state_n, StackTape(tapes, (*self._dropout, call))
+
+    def _forward_layers(
+        self, x: np.ndarray, h_0: np.ndarray | None, c_0: np.ndarray | None, y: np.ndarray,
+        h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None, train: bool, call: int,
+    ) -> tuple:  # fmt: skip
+        """Layer upon layer, from x to y, both [T, B, ...]; returns what each of them returned."""
+        _, _, L, D = self._sizes
+        p, seed = self._dropout
+        packs = self._packs
+        results = []
+        for layer in range(L):
+            packed = packs[layer] if packs else self._pack(layer, FORWARD)
+            y_layer = y if layer == L - 1 else np.empty(y.shape, y.dtype)
+            h_in, c_in, h_out, c_out = _own(layer, D, h_0, c_0, h_n, c_n)
+            ran = run_forward(
+                self._cell, packed, x, h_in, c_in, y_layer, h_out, c_out, lengths, False, train
+            )
+            results.append(ran)
+            x = y_layer
+            if train and p and layer < L - 1:
+                x = np.empty(y.shape, y.dtype)
+                _kernels.dropout(y_layer, x, p, seed, call, layer)
+        return tuple(results)
+
+    def backward(
+        self, tape: StackTape, dy: Any = None, dstate: Any = None, *, need_dx: bool = True
+    ) -> tuple[np.ndarray | None, Any]:
+        """Backpropagation through time along `tape`; adds to `grads`.
+
+        dy: gradient of the loss by y, shaped as y; dstate: by the last states, shaped as they
+        were; each may be None for zeros. A tape may be used again.
+
+        Returns dx, shaped as x (None without `need_dx`, which spares a product), and the gradient
+        by the initial states. Raises as a call does; `grads` are then as they were.
+
+        >>> lstm = LSTM(3, 5)
+        >>> y, _, tape = lstm.forward_train(np.zeros((7, 2, 3), np.float32))
+        >>> dx, (dh_0, dc_0) = lstm.backward(tape, np.ones_like(y))
+        >>> dx.shape, dh_0.shape, bool(lstm.grads["weight_hh_l0"].any())
+        ((7, 2, 3), (1, 2, 5), True)
+        """
+        need_dx = checks.boolean("need_dx", need_dx)
+        self._check_tape(tape)
+        dtype, pair = self._dtype, self._pair
+        I, H, L, D = self._sizes
+        layers = tape.layers
+        batch_first, unbatched = layers[0].batch_first, layers[0].unbatched
+        T, B, _ = layers[0].x.shape
+        rows, N = L * D, D * H
+        if dy is not None:
+            dy = checks.gradient("dy", dy, dtype, (T, B, N), batch_first, unbatched)
+        dh_n = dc_n = None
+        if dstate is not None:
+            sizes = (rows, B, H)
+            dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched)
+        checks.room("tape", T * B * (I + 2 * N), dtype.itemsize)
+
+        # Into a buffer first: an interrupted call has added nothing to the gradients. It is kept for
+        # the next call, and taken off the list meanwhile, because threads may call at once.
+        scratch = self._scratch.pop() if self._scratch else self._new_scratch()
+        fresh, grads = scratch
+        dx_result = new_sequence(T, B, I, dtype, batch_first, unbatched) if need_dx else None
+        dh_0 = np.empty((rows, B, H), dtype)
+        dc_0 = np.empty((rows, B, H), dtype) if pair else None
+        if self._packs is not None and self._backward_packs is None:
+            self._backward_packs = self._pack_all(BACKWARD)
+        packs = self._backward_packs
+        p, seed, call = tape._dropout
+        for layer in reversed(range(L)):
+            packed = packs[layer] if packs else self._pack(layer, BACKWARD)
+            if layer:
+                dx = np.empty((T, B, N), dtype)
+            else:
+                dx = as_steps(dx_result, batch_first, unbatched) if need_dx else None
+            dh_last, dc_last, dh_first, dc_first = _own(layer, D, dh_n, dc_n, dh_0, dc_0)
+            run_backward(
+                packed, layers[layer], dy, dh_last, dc_last, dx, dh_first, dc_first, grads[layer]
+            )
+            if layer and p:  # the mask between this layer and the one below
+                dy = np.empty_like(dx)
+                _kernels.dropout(dx, dy, p, seed, call, layer - 1)
+            else:
+                dy = dx
+        if unbatched:
+            dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
+        with np.errstate(all="ignore"):  # NaN and inf are results
+            self._flat_grads += fresh
+        if not self._scratch:
+            self._scratch.append(scratch)
+        return dx_result, dh_0 if dc_0 is None else (dh_0, dc_0)
+
+    def _new_scratch(self) -> tuple[np.ndarray, tuple]:
+        """A buffer like `flat_grads`, and its views as `run_backward` takes them, by layer."""
+        fresh = _aligned(self._flat.size, self._dtype)
+        return fresh, self._by_layer(_views(fresh, self._shapes))
+
+    def _check_tape(self, tape: StackTape) -> None:
+        if type(tape) is not StackTape:
+            needs = "what forward_train returned as its tape"
+            checks.fail(TypeError, "tape", checks.describe(tape), needs)
+        I, H, L, D = self._sizes
+        layers = getattr(tape, "layers", None)
+        if type(layers) is not tuple or len(layers) != L:
+            got = f"one of {len(layers)} layers" if type(layers) is tuple else "an altered one"
+            checks.fail(ValueError, "tape", got, f"one of {L}")
+        for one in layers:
+            functional.check_tape(one, self._cell, (I, H, D), self._dtype)
+            if one.x.shape[:2] != layers[0].x.shape[:2]:
+                needs = "one as forward_train returned it"
+                checks.fail(ValueError, "tape", "an altered one", needs)
+            I = D * H
+
+    # ------------------------------------------------------------------------- files and copies
+
+    def save(self, path: Any) -> None:
+        """Writes the module to a file, `.npz` inside, whatever its name; see `rnnfast.load`.
+
+        Killed at any moment, the file is the old one or the new one, whole. Gradients are not
+        saved. Raises OSError when the system refuses.
+        """
+        from . import storage
+
+        path = checks.path("path", path)
+        storage.write(path, {"class": type(self)._file_name, **self._header()}, self._params)
+
+    def _header(self) -> dict[str, Any]:
+        """What makes a module of the parameters, in JSON's types."""
+        arguments = {**self._arguments, "dtype": self._dtype.name}
+        return {"arguments": arguments, "dropout_calls": self._dropout_calls}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self._header(),
+            "frozen": self._packs is not None,
+            "flat": self._flat.copy(),
+            "flat_grads": self._flat_grads.copy(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._build(state["arguments"], fill=False)
+        self.flat, self.flat_grads = state["flat"], state["flat_grads"]
+        self.dropout_calls = checks.integer("dropout_calls", state["dropout_calls"], 0)
+        if state["frozen"]:
+            self.freeze()
+
+    # --------------------------------------------------------------------------------- streams
+
+    def stream(self, batch_size: int = 1) -> Stream:
+        """Steps one at a time, the state kept inside; see `Stream`.
+
+        It has a copy of the weights: later edits do not reach it. Raises ValueError for a
+        bidirectional module, which would need the future.
+
+        >>> s = LSTM(3, 5).stream()
+        >>> s.step(np.zeros(3, np.float32)).shape
+        (5,)
+        """
+        return Stream(self, batch_size)
+
+    def __repr__(self) -> str:
+        shown = {
+            name: value
+            for name, value in self._arguments.items()
+            if name in DEFAULTS and value != DEFAULTS[name]
+        }
+        words = [str(self.input_size), str(self.hidden_size)]
+        words += [f"{name}={value!r}" for name, value in shown.items()]
+        if self._dtype != checks.FLOAT32:
+            words.append(f"dtype={self._dtype.name}")
+        return f"{type(self).__name__}({', '.join(words)})"
+
+
+DEFAULTS = {
+    "num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "dropout": 0.0,
+    "bidirectional": False, "proj_size": 0, "reset_after": True,
+}  # fmt: skip
+
+
+def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that all classes share, checked; a class's own ones as they are."""
+    checked = dict(arguments)
+    for name in ("input_size", "hidden_size", "num_layers"):
+        checked[name] = checks.integer(name, arguments[name], 1)
+    for name in ("bias", "batch_first", "bidirectional"):
+        checked[name] = checks.boolean(name, arguments[name])
+    checked["dropout"] = checks.fraction("dropout", arguments["dropout"])
+    checked["dtype"] = checks.float_dtype("dtype", arguments["dtype"])
+    if arguments["seed"] is not None:
+        checked["seed"] = checks.integer("seed", arguments["seed"], 0, checks.MAX_SEED)
+    return checked
+
+
+def _own(layer: int, D: int, *states: np.ndarray | None) -> list[np.ndarray | None]:
+    """One layer's part [D, B, H] of each of a stack's states [L*D, B, H]."""
+    own = slice(layer * D, layer * D + D)
+    return [None if state is None else state[own] for state in states]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 1 else shape[0] * shape[1]
+
+
+def _module_bytes(cell: Cell, I: int, H: int, L: int, D: int, bias: bool) -> int:
+    """Bytes, at least, that a module will take; by formula, as L may be anything yet."""
+    rows = len(cell.gates) * H
+    per_direction = rows * (H + 2 * bias)
+    numbers = D * (L * per_direction + rows * I + (L - 1) * rows * D * H)
+    views = 6 * 100 * L * D * (4 if bias else 2)  # three views of each parameter and gradient
+    return 2 * 8 * numbers + views
+
+
+def parameter_shapes(
+    cell: Cell, I: int, H: int, L: int, D: int, bias: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a stack's parameters, by PyTorch's names and in PyTorch's order.
+
+    >>> parameter_shapes(CELLS["lstm"], 3, 5, 1, 1, False)
+    {'weight_ih_l0': (20, 3), 'weight_hh_l0': (20, 5)}
+    """
+    shapes = {}
+    for layer in range(L):
+        own = cell.weight_shapes(D * H if layer else I, H)
+        for end in ENDS[:D]:
+            for name in PARAMETERS if bias else PARAMETERS[:2]:
+                shapes[f"{name}_l{layer}{end}"] = own[name]
+    return shapes
+
+
+def _views(flat: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Views of a flat buffer, one after the other."""
+    views, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + _size(shape)
+        views[name] = flat[start:end].reshape(shape)
+        start = end
+    return views
+
+
+def _assign(name: str, flat: np.ndarray, value: Any) -> None:
+    if value is not flat:  # else it is the end of an in-place operation
+        flat[...] = checks.exact(name, value, flat.dtype, flat.shape, "all parameters")
+
+
+class Stream:
+    """A module run one step, or one block of steps, at a time; it owns its weights and states.
+
+    Results have the same bits as one call over the whole sequence. To be used by one thread at a
+    time. Made by a module's `stream`.
+
+    >>> lstm = LSTM(3, 5, seed=0)
+    >>> x = np.ones((4, 2, 3), np.float32)
+    >>> s = lstm.stream(batch_size=2)
+    >>> y = np.stack([s.step(x_t) for x_t in x])
+    >>> bool((y == lstm(x)[0]).all())
+    True
+    """
+
+    __slots__ = (
+        "_cell", "_dtype", "_row", "_rows", "_sizes", "_states", "_step", "_stepper",
+    )  # fmt: skip
+
+    def __init__(self, module: Recurrent, batch_size: int) -> None:
+        B = checks.integer("batch_size", batch_size, 1)
+        I, H, L, D = module._sizes
+        if D == 2:
+            needs = "one direction: the other one starts at the sequence's end"
+            checks.fail(ValueError, "stream", "a bidirectional module", needs)
+        self._cell, self._dtype = module._cell, module._dtype
+        self._sizes = B, I, H
+        checks.room("batch_size", len(self._cell.states) * L * B * H, self._dtype.itemsize)
+        self._rows, self._row = (B, H), (H,)
+        self._states = tuple(np.zeros((L, B, H), self._dtype) for _ in self._cell.states)
+        packs = tuple(module._packs or module._pack_all(FORWARD))
+        h, c = self._states if "c" in self._cell.states else (self._states[0], None)
+        by_layer = tuple(
+            (h[layer : layer + 1], None if c is None else c[layer : layer + 1])
+            for layer in range(L)
+        )
+        self._stepper = stepper = _kernels.Stepper(packs, by_layer, B)
+        self._step = stepper.step
+
+    def step(self, x_t: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """One step: x_t [B, I] -> y_t [B, H], the last layer's h; [I] -> [H] if batch_size is 1.
+
+        A fresh array, which may be kept, or `out`, which must not overlap x_t. Raises TypeError or
+        ValueError; the states are then as they were.
+        """
+        # The stepper looks at arrays itself, and does nothing if one is not just as it wants it.
+        if type(x_t) is np.ndarray:
+            if out is None:
+                y_t = np.empty(self._row if x_t.ndim == 1 else self._rows, self._dtype)
+                if self._step(x_t, y_t):
+                    return y_t
+            elif type(out) is np.ndarray and self._step(x_t, out):
+                return out
+        x_t, shape = self._checked("x_t", x_t, False)
+        if out is None:
+            y_t = np.empty(shape, self._dtype)
+        else:
+            y_t = checks.output("out", out, self._dtype, shape, "x_t", x_t)
+        target = y_t if checks.contiguous(y_t) is y_t else np.empty(shape, self._dtype)
+        self._step(checks.contiguous(x_t), target)
+        if target is not y_t:
+            y_t[...] = target
+        return y_t
+
+    def process(self, block: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """A block of steps: [T, B, I] -> [T, B, H]; [T, I] -> [T, H] if batch_size is 1.
+
+        As many calls of `step`, with the same bits, and faster.
+
+        >>> lstm = LSTM(3, 5)
+        >>> lstm.stream().process(np.zeros((7, 3), np.float32)).shape
+        (7, 5)
+        """
+        block, shape = self._checked("block", block, True)
+        B, I, H = self._sizes
+        T = shape[0]
+        checks.room("block", T * B * max(I, H), self._dtype.itemsize)
+        if out is None:
+            y = np.empty(shape, self._dtype)
+        else:
+            y = checks.output("out", out, self._dtype, shape, "block", block)
+        target = y if checks.contiguous(y) is y else np.empty(shape, self._dtype)
+        x = checks.contiguous(block)
+        self._stepper.process(x.reshape(T, B, I), target.reshape(T, B, H))
+        if target is not y:
+            y[...] = target
+        return y
+
+    def _checked(self, name: str, value: Any, steps: bool) -> tuple[np.ndarray, tuple[int, ...]]:
+        """An input of one step, or of a block of steps, and the shape of its output."""
+        array = checks.as_array(name, value, self._dtype)
+        rows = array.shape[1:] if steps else array.shape
+        lead = array.shape[: array.ndim - len(rows)]
+        B, I, _ = self._sizes
+        if array.ndim > steps:
+            if rows == (B, I):
+                return array, (*lead, *self._rows)
+            if rows == (I,) and B == 1:
+                return array, (*lead, *self._row)
+        letters = "T, B, I" if steps else "B, I"
+        sizes = f"T, {B}, {I}" if steps else f"{B}, {I}"
+        also = f", or without the {B}" if B == 1 else ""
+        checks.fail(ValueError, name, f"shape {array.shape}", f"[{letters}] = [{sizes}]{also}")
+
+    @property
+    def state(self) -> Any:
+        """Copies of the states, shaped as the module's: (h, c) for the LSTM, h for others.
+
+        Each [L, B, H]. Assigning takes the values of such arrays.
+        """
+        copies = tuple(array.copy() for array in self._states)
+        return copies if len(copies) == 2 else copies[0]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        pair, sizes = len(self._states) == 2, self._states[0].shape
+        checked = checks.states(checks.STEP_STATE, value, pair, self._dtype, sizes, False)
+        for own, given in zip(self._states, checked, strict=False):
+            own[...] = given
+
+    def reset(self) -> None:
+        """Sets the states to zero, as at the start."""
+        for array in self._states:
+            array[...] = 0
+
+    def __repr__(self) -> str:
+        (B, I, H), L = self._sizes, len(self._states[0])
+        return f"Stream({self._cell.name!r}, {I}, {H}, num_layers={L}, batch_size={B})"
+
+
+# ------------------------------------------------------------------------------------ the modules
+
+
+class RNN(Recurrent):
+    """A stack of simple recurrent layers, h' = tanh (or relu) of W x + b_ih + R h + b_hh.
+
+    Arguments as of torch.nn.RNN: input_size and hidden_size, at least 1; num_layers; nonlinearity,
+    "tanh" or "relu"; bias; batch_first: x and y are [B, T, ...]; dropout: the probability, in
+    [0, 1), with which `forward_train` drops a number between two layers; bidirectional. Then dtype,
+    np.float32 or np.float64, and seed, an integer for the initial parameters (uniform within
+    1/sqrt(H) of zero) and for dropout, or None for one from the system.
+
+    The states are one array. Raises TypeError or ValueError for an argument that is not such.
+
+    >>> rnn = RNN(3, 5, nonlinearity="relu")
+    >>> y, h_n = rnn(np.zeros((7, 2, 3), np.float32))
+    >>> y.shape, h_n.shape
+    ((7, 2, 5), (1, 2, 5))
+    """
+
+    _file_name = "RNN"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
+        bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
+        bidirectional: bool = False, *, dtype: Any = np.float32, seed: int | None = None,
+    ) -> None:  # fmt: skip
+        self._build(
+            dict(
+                input_size=input_size, hidden_size=hidden_size, num_layers=num_layers,
+                nonlinearity=nonlinearity, bias=bias, batch_first=batch_first, dropout=dropout,
+                bidirectional=bidirectional, dtype=dtype, seed=seed,
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def _cell_of(arguments: dict[str, Any]) -> Cell:
+        word = checks.choice("nonlinearity", arguments["nonlinearity"], ("tanh", "relu"))
+        return CELLS[f"rnn_{word}"]
+
+
+class LSTM(Recurrent):
+    """A stack of layers of long short-term memory, gates i f g o as in torch.nn.LSTM.
+
+    Arguments as of `RNN`, without nonlinearity; proj_size is not built yet, so 0. The states are
+    a pair, (h, c).
+
+    >>> lstm = LSTM(3, 5, num_layers=2, bidirectional=True)
+    >>> y, (h_n, c_n) = lstm(np.zeros((7, 2, 3), np.float32), lengths=[7, 4])
+    >>> y.shape, h_n.shape, c_n.shape
+    ((7, 2, 10), (4, 2, 5), (4, 2, 5))
+    """
+
+    _file_name = "LSTM"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+        proj_size: int = 0, *, dtype: Any = np.float32, seed: int | None = None,
+    ) -> None:  # fmt: skip
+        self._build(
+            dict(
+                input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
+                batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
+                proj_size=proj_size, dtype=dtype, seed=seed,
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def _cell_of(arguments: dict[str, Any]) -> Cell:
+        size = checks.integer("proj_size", arguments["proj_size"], 0)
+        if size:
+            checks.fail(ValueError, "proj_size", str(size), "0: projections are not built yet")
+        return CELLS["lstm"]
+
+
+class GRU(Recurrent):
+    """A stack of layers of gated recurrent units, gates r z n as in torch.nn.GRU.
+
+    Arguments as of `LSTM`, without proj_size; reset_after: the reset gate scales R h + b_hn
+    (PyTorch's form), or, if False, h before the product (ONNX's default). The states are one array.
+
+    >>> gru = GRU(3, 5, batch_first=True)
+    >>> y, h_n = gru(np.zeros((2, 7, 3), np.float32))
+    >>> y.shape, h_n.shape
+    ((2, 7, 5), (1, 2, 5))
+    """
+
+    _file_name = "GRU"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
+        reset_after: bool = True, dtype: Any = np.float32, seed: int | None = None,
+    ) -> None:  # fmt: skip
+        self._build(
+            dict(
+                input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
+                batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
+                reset_after=reset_after, dtype=dtype, seed=seed,
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def _cell_of(arguments: dict[str, Any]) -> Cell:
+        after = checks.boolean("reset_after", arguments["reset_after"])
+        return CELLS["gru" if after else "gru_reset_before"]
+
+
+def load(path: Any) -> RNN | LSTM | GRU:
+    """The module that a file written by `save` holds.
+
+    Runs no code of the file's and reads at most its size. Raises OSError if it cannot be read, and
+    `DamagedFileError`, a ValueError that names path and damage, if it is not such a file.
+    """
+    from . import storage
+
+    path = checks.path("path", path)
+    header, arrays = storage.read(path)
+    classes = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU}
+    try:
+        cls = classes[checks.choice("class", header["class"], classes)]
+        arguments = _checked(header["arguments"])
+        cell = cls._cell_of(arguments)
+        calls = checks.integer("dropout_calls", header["dropout_calls"], 0)
+        L, D = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
+        per_direction = 4 if arguments["bias"] else 2
+        if len(arrays) != L * D * per_direction:  # before L is used to make as many names
+            needs = f"the {L * D * per_direction} of its module"
+            checks.fail(ValueError, "parameters", f"{len(arrays)} entries", needs)
+        I, H, dtype = arguments["input_size"], arguments["hidden_size"], arguments["dtype"]
+        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"])
+        native = {name: _native(array) for name, array in arrays.items()}
+        arrays = checks.entries("parameters", native, shapes, dtype)
+        module = cls.__new__(cls)
+        module._build(arguments, fill=False)
+    except (KeyError, TypeError, ValueError) as error:
+        storage.damaged(path, f"contents that do not fit ({type(error).__name__}: {error})")
+    for name, array in arrays.items():
+        module.params[name][...] = array
+    module.dropout_calls = calls
+    return module
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """In this machine's byte order: a file may come from another one."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -1,0 +1,151 @@
+"""Files of named arrays with a header: NumPy's `.npz`, written whole or not at all.
+
+Knows bytes, zip members and `.npy` headers; nothing of modules, whose arguments are a header here.
+Reading trusts nothing: it runs no code of the file's (no pickle) and reads at most its size.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+HEADER = "rnnfast"  # the member that holds the header: JSON in UTF-8, as an array of bytes
+FORMAT = 1
+
+
+class DamagedFileError(ValueError):
+    """A file that is not what `save` wrote; the message names the path and the damage."""
+
+
+def damaged(path: str, damage: str) -> NoReturn:
+    """Raises DamagedFileError in its one form."""
+    damage = damage if len(damage) <= 300 else damage[:300] + "..."
+    raise DamagedFileError(f"{path}: got {damage}; needs a file that rnnfast has saved")
+
+
+def write(path: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an `.npz` file; whatever happens, `path` is the old file or the new one, whole.
+
+    The file is made beside its place, forced to the disk, then renamed. OSError tells what the
+    system refused; nothing is left behind then.
+    """
+    import json
+
+    text = json.dumps({"format": FORMAT, **header}).encode()
+    members = {HEADER: np.frombuffer(text, np.uint8), **arrays}
+    path = os.path.realpath(path)  # of a link, the file it means
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, **members)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
+    """Forces the renaming itself to the disk, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the arrays of a file; the arrays are read-only views of its bytes.
+
+    Raises OSError if it cannot be read, DamagedFileError if it is not what `write` makes.
+    """
+    import io
+    import json
+    import zipfile
+
+    data = _whole(path)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = _members(path, archive, len(data))
+    except (MemoryError, KeyboardInterrupt, DamagedFileError):
+        raise
+    except Exception as error:  # zipfile meets damage with exceptions of many kinds
+        damaged(path, f"no readable .npz file ({type(error).__name__}: {error})")
+    if HEADER not in members:
+        damaged(path, f"no entry {HEADER!r}")
+    text = members.pop(HEADER)
+    try:
+        header = json.loads(text.tobytes().decode())
+    except (ValueError, RecursionError) as error:
+        damaged(path, f"unreadable header ({error})")
+    if not isinstance(header, dict):
+        damaged(path, "a header without fields")
+    if header.get("format") != FORMAT:
+        damaged(path, f"format {header.get('format')!r} where this version reads {FORMAT}")
+    return header, members
+
+
+def _whole(path: str) -> bytes:
+    # Without waiting: a pipe has no end, and may have no beginning.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            damaged(path, "something else than a regular file")
+        data = file.read(status.st_size)
+    if len(data) != status.st_size:
+        damaged(path, f"{len(data)} of its {status.st_size} bytes")
+    return data
+
+
+def _members(path: str, archive: Any, size: int) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    total = 0
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        if name in arrays or name == info.filename:
+            damaged(path, f"entry {info.filename!r} twice, or not an array")
+        # Stored as it is, so that no entry can grow, and none may be counted twice.
+        total += info.file_size
+        if info.compress_type != 0 or info.compress_size != info.file_size or total > size:
+            damaged(path, f"entry {info.filename!r} is compressed, or larger than the file")
+        arrays[name] = _array(path, info.filename, archive.read(info))  # checks the CRC
+    return arrays
+
+
+def _array(path: str, name: str, data: bytes) -> np.ndarray:
+    """One member, its declared shape and dtype held against the bytes that there are."""
+    import io
+
+    file = io.BytesIO(data)
+    npy = np.lib.format
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        damaged(path, f"entry {name!r} has .npy version {version}")
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.kind not in "fu" or dtype.hasobject:
+        damaged(path, f"entry {name!r} holds {dtype}")
+    count = 1
+    for length in shape:
+        if type(length) is not int or length < 0:
+            damaged(path, f"entry {name!r} has shape {shape}")
+        count *= length
+    there = len(data) - file.tell()
+    if count * dtype.itemsize != there:
+        damaged(path, f"entry {name!r} of shape {shape} and {dtype} has {there} bytes")
+    flat = np.frombuffer(data, dtype, offset=file.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C")
