@@ -114,6 +114,39 @@ RF_INLINE void store_n(T *p, ptrdiff_t n, vec v) {
 }
 #endif
 
+/* Lanes of a (0 to W-1) and of b (W to 2W-1), as the index says. */
+#if defined(__clang__)
+RF_INLINE vec shuffle(vec a, vec b, ivec index) {
+    vec v;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) v[i] = index[i] < W ? a[index[i]] : b[index[i] - W];
+    return v;
+}
+#else
+RF_INLINE vec shuffle(vec a, vec b, ivec index) { return __builtin_shuffle(a, b, index); }
+#endif
+
+/* Transposes W rows of W lanes: for s = 1, 2, 4 ... swaps, between rows s apart, the blocks of s lanes
+ * off the diagonal. */
+RF_INLINE void transpose(vec *rows) {
+#pragma GCC unroll 4
+    for (int s = 1; s < W; s *= 2) {
+        ivec low, high;
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) {
+            low[i] = i & s ? W + i - s : i;
+            high[i] = i & s ? W + i : i + s;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) {
+            if (i & s) continue;
+            const vec a = rows[i], b = rows[i + s];
+            rows[i] = shuffle(a, b, low);
+            rows[i + s] = shuffle(a, b, high);
+        }
+    }
+}
+
 /* Lanes of a where the mask is set, of b elsewhere. */
 RF_INLINE vec blend(ivec mask, vec a, vec b) {
     return (vec)((mask & (ivec)a) | (~mask & (ivec)b));
