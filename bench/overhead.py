@@ -1,0 +1,161 @@
+"""What a call costs beside its arithmetic: import, size on disk, a small call, a step of a stream.
+
+Knows the public API. Results are checked against `rnnfast.reference` before they are timed. Leaves
+large shapes and other libraries to `layers`. Run as `python -m rnnfast.bench.overhead`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rnnfast
+
+from .layers import Results, check, expected, machine, say_where, show, write_json
+from .shapes import Shape, problem, shape_of
+
+IMPORTS = 20  # processes
+BLOCK = 200  # calls that are timed as one: the clock itself takes some 50 ns
+BLOCKS = 200
+SMALL = "lstm-i8-h16-b1-t1"
+STREAMS = ("lstm-i8-h16-b1-t100", "lstm-i64-h64-b1-t100")
+
+
+def import_seconds(times: int = IMPORTS) -> dict[str, list[float]]:
+    """Seconds that `import numpy`, and `import rnnfast` after it, take in each of fresh processes.
+
+    >>> sorted(import_seconds(1))
+    ['numpy', 'rnnfast']
+    """
+    names = ("numpy", "rnnfast")
+    found: dict[str, list[float]] = {name: [] for name in names}
+    timed = "began = clock(); import {}; print(clock() - began)"
+    code = "\n".join(["from time import perf_counter as clock", *map(timed.format, names)])
+    for _ in range(times):
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
+        for name, seconds in zip(names, run.stdout.split(), strict=True):
+            found[name].append(float(seconds))
+    return found
+
+
+def installed_bytes() -> int:
+    """Bytes of the files of the installed package, caches of compiled sources aside."""
+    folder = Path(rnnfast.__file__).parent
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files if path.suffix != ".pyc")
+
+
+def _module(shape: Shape) -> tuple[rnnfast.LSTM, np.ndarray, tuple]:
+    given = problem(shape, 0)
+    module = rnnfast.LSTM(shape.I, shape.H)
+    module.load_state_dict(given.weights)
+    return module, given.x, given.state
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """The calls to be timed, by what they are; each was checked."""
+    shape = shape_of(SMALL)
+    module, x, state = _module(shape)
+    frozen, _, _ = _module(shape)
+    frozen.freeze()
+    for one in (module, frozen):
+        y, (h_n, c_n) = one(x, state)
+        check({"y": y, "h_n": h_n, "c_n": c_n}, expected(shape, "inference"), shape.dtype)
+    found = {
+        f"module(x), {SMALL}": lambda: module(x),
+        f"module(x, state), {SMALL}": lambda: module(x, state),
+        f"frozen module(x), {SMALL}": lambda: frozen(x),
+    }
+    for name in STREAMS:
+        found.update(_stream_calls(shape_of(name)))
+    return found
+
+
+def _stream_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
+    module, x, state = _module(shape)
+    want = expected(shape, "inference")
+    found = {}
+    for with_out in (False, True):
+        stream = module.stream()
+        stream.state = state
+        out = np.empty((1, shape.H), np.float32) if with_out else None
+        y = np.stack([stream.step(x_t, out=out).copy() for x_t in x])
+        h_n, c_n = stream.state
+        got: Results = {"y": y, "h_n": h_n, "c_n": c_n}
+        check(got, want, shape.dtype)
+        found[f"stream.step(x{', out' * with_out}), i{shape.I} h{shape.H}"] = _step(
+            stream.step, x[0], out
+        )
+    return found
+
+
+def _step(step: Callable, x: np.ndarray, out: np.ndarray | None) -> Callable[[], Any]:
+    return (lambda: step(x)) if out is None else (lambda: step(x, out))
+
+
+def call_seconds(
+    calls: dict[str, Callable[[], Any]], blocks: int = BLOCKS, block: int = BLOCK
+) -> dict[str, list[float]]:
+    """Seconds of one call, the mean of each block of calls; the blocks in random order.
+
+    >>> len(call_seconds({"nothing": lambda: None}, blocks=3)["nothing"])
+    3
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, turns = random.Random(0), list(calls)
+    for _ in range(blocks):
+        order.shuffle(turns)
+        for name in turns:
+            call = calls[name]
+            began = time.perf_counter()
+            for _ in range(block):
+                call()
+            seconds[name].append((time.perf_counter() - began) / block)
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures and prints one table."""
+    parser = argparse.ArgumentParser(prog="python -m rnnfast.bench.overhead", description=__doc__)
+    parser.add_argument("--wheel", metavar="FILE", help="whose size to tell")
+    parser.add_argument("--imports", type=int, default=IMPORTS, help="default: %(default)s")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="default: %(default)s")
+    parser.add_argument("--json", metavar="FILE", help="all figures, and the times they come from")
+    args = parser.parse_args(argv)
+
+    about = machine()
+    say_where(about)
+    print()
+    sizes = {"installed package": installed_bytes()}
+    if args.wheel:
+        sizes["wheel"] = Path(args.wheel).stat().st_size
+    imports = import_seconds(args.imports)
+    seconds = call_seconds(calls(), args.blocks)
+
+    table = [[name, f"{1e-6 * size:.2f} MB", ""] for name, size in sizes.items()]
+    for name, what in (("numpy", "import numpy"), ("rnnfast", "import rnnfast beyond numpy")):
+        median, least = 1e3 * statistics.median(imports[name]), 1e3 * min(imports[name])
+        table.append([what, f"{median:.1f} ms", f"{least:.1f} ms"])
+    for name, found in seconds.items():
+        median, least = 1e6 * statistics.median(found), 1e6 * min(found)
+        table.append([name, f"{median:.2f} us", f"{least:.2f} us"])
+    show(("what", "median", "min"), table)
+    if args.json:
+        write_json(
+            args.json, {"machine": about, "bytes": sizes, "imports": imports, "calls": seconds}
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
