@@ -45,17 +45,17 @@ typedef struct {
     void *b_hh; /* [G*H], or NULL */
 } rf_weights;
 
-/* Called by worker 0, now and then; nonzero asks the call to end early (its outputs are then void). */
+/* Called by worker 0, now and then; nonzero asks the call to end early, its outputs void. */
 typedef int (*rf_poll)(void *context);
 
 /* How to run, and what ran. */
 typedef struct {
-    int threads;        /* at most this many workers */
-    int plan;           /* rf_plan */
-    rf_poll poll;       /* or NULL */
+    int threads;  /* at most this many workers */
+    int plan;     /* rf_plan */
+    rf_poll poll; /* or NULL */
     void *poll_context;
-    int ran_plan;       /* out: RF_PLAN_SERIAL or RF_PLAN_BATCH */
-    int ran_threads;    /* out: workers that had work */
+    int ran_plan;    /* out: RF_PLAN_SERIAL or RF_PLAN_BATCH */
+    int ran_threads; /* out: workers that had work */
 } rf_run;
 
 /* Tape, in processing order: slot s of a reversed direction is its s-th processed step. Slots of
@@ -68,29 +68,29 @@ typedef struct {
 
 typedef struct {
     rf_shape shape;
-    int reverse;                         /* bit d: direction d runs from the last valid step to the first */
-    rf_seq x;                            /* in  [T, B, I] */
-    rf_seq y;                            /* out [T, B, D*H]; zeros past a row's length */
-    const ptrdiff_t *lengths;            /* in  [B], each in 0..T; NULL: all T */
+    int reverse;              /* bit d: direction d runs from the last valid step to the first */
+    rf_seq x;                 /* in  [T, B, I] */
+    rf_seq y;                 /* out [T, B, D*H]; zeros past a row's length */
+    const ptrdiff_t *lengths; /* in  [B], each in 0..T; NULL: all T */
     const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_FORWARD) */
     const void *h_0, *c_0;               /* in  [D, B, H], or NULL: zeros */
-    void *h_n, *c_n;                     /* out [D, B, H]; states at the last valid step. May alias h_0, c_0 */
-    rf_tape tape;                        /* out */
-    void *workspace;                     /* forward_workspace() bytes, 64-byte aligned */
+    void *h_n, *c_n; /* out [D, B, H]; states at the last valid step. May alias h_0, c_0 */
+    rf_tape tape;    /* out */
+    void *workspace; /* forward_workspace() bytes, 64-byte aligned */
     rf_run run;
 } rf_forward_args;
 
 typedef struct {
     rf_shape shape;
     int reverse;
-    rf_seq x;                            /* in  [T, B, I]; the forward call's; data may be NULL if no dW */
+    rf_seq x; /* in  [T, B, I]; the forward call's; data may be NULL if no dW */
     const ptrdiff_t *lengths;
     const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_BACKWARD) */
     rf_tape tape;                        /* in, never written */
-    rf_seq dy;                           /* in  [T, B, D*H], data NULL: zeros; not read past a row's length */
-    const void *dh_n, *dc_n;             /* in  [D, B, H], or NULL: zeros */
-    rf_seq dx;                           /* out [T, B, I], or data NULL; zeros past a row's length */
-    void *dh_0, *dc_0;                   /* out [D, B, H], or NULL */
+    rf_seq dy;               /* in  [T, B, D*H], data NULL: zeros; not read past a row's length */
+    const void *dh_n, *dc_n; /* in  [D, B, H], or NULL: zeros */
+    rf_seq dx;               /* out [T, B, I], or data NULL; zeros past a row's length */
+    void *dh_0, *dc_0;       /* out [D, B, H], or NULL */
     rf_weights grads[RF_MAX_DIRECTIONS]; /* out, each pointer NULL if not wanted; overwritten */
     void *workspace;                     /* backward_workspace() bytes, 64-byte aligned */
     rf_run run;
@@ -99,16 +99,16 @@ typedef struct {
 /* The kernels of one isa and one dtype. Size functions return bytes, or -1 if that overflows. */
 typedef struct {
     const char *isa;
-    ptrdiff_t element; /* bytes of one number */
+    ptrdiff_t element;                                                /* bytes of one number */
     ptrdiff_t (*pack_size)(const rf_shape *shape, rf_pack_kind kind); /* one direction */
     void (*pack)(const rf_shape *shape, rf_pack_kind kind, const rf_weights *weights, void *out);
     ptrdiff_t (*forward_workspace)(const rf_shape *shape, int threads);
-    int (*forward)(rf_forward_args *args); /* nonzero: ended early, by poll or by a fork inside poll */
+    int (*forward)(rf_forward_args *args); /* nonzero: ended early, by poll or a fork in it */
     ptrdiff_t (*backward_workspace)(const rf_shape *shape, int threads);
     int (*backward)(rf_backward_args *args); /* likewise */
     void (*vmath)(rf_vmath_id f, ptrdiff_t n, const void *in, void *out);
-    /* Multiplies and adds in registers alone, on `threads` workers; returns the operations done: what
-     * the benchmarks time as the machine's peak. */
+    /* Multiplies and adds in registers alone, on `threads` workers; returns the operations done:
+     * what the benchmarks time as the machine's peak. */
     double (*multiply_add)(ptrdiff_t rounds, int threads);
     /* out = in * mask / (1 - p) over [T, B, N]; the mask depends on (key, t, b, unit) alone. */
     void (*dropout)(ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf_seq in, rf_seq out, double p,

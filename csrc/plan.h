@@ -4,8 +4,8 @@
 
 #include "kernels.h"
 
-/* Operations worth a worker: some 10 us of one core, against 1 us to start a waiting worker and 10 us
- * to wake a sleeping one. */
+/* Operations worth a worker: some 10 us of one core, against 1 us to start a waiting worker and 10
+ * us to wake a sleeping one. */
 #define RF_WORKER_OPERATIONS 1e6
 
 /* Workers for one call of `passes` times the forward products (backward takes 2, and 1 to recompute

@@ -1,6 +1,7 @@
-/* progress.h: lets a long call be ended from outside; knows time and the caller's poll, nothing else.
- * Worker 0 counts the operations ahead of it and asks the caller's poll every RF_POLL_SECONDS; once
- * that says stop, every worker runs through the rest of its loops (and barriers) without computing. */
+/* progress.h: lets a long call be ended from outside; knows time and the caller's poll, nothing
+ * else. Worker 0 counts the operations ahead of it and asks the caller's poll every
+ * RF_POLL_SECONDS; once that says stop, every worker runs through the rest of its loops (and
+ * barriers) without computing. */
 #ifndef RF_PROGRESS_H
 #define RF_PROGRESS_H
 

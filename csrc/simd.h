@@ -1,6 +1,6 @@
 /* simd.h: the vector type and its few operations; the only intrinsics of csrc.
- * Knows the isa and the precision, set by the including isa/ stub: RF_BYTES (bytes of a vector: 16, 32
- * or 64) and RF_DOUBLE (0 or 1). Plain arithmetic (+ - * /, comparisons, integer shifts) is the
+ * Knows the isa and the precision, set by the including isa/ stub: RF_BYTES (bytes of a vector: 16,
+ * 32 or 64) and RF_DOUBLE (0 or 1). Plain arithmetic (+ - * /, comparisons, integer shifts) is the
  * compiler's own on GNU vector types; here stands what C has no operator for. */
 #ifndef RF_SIMD_H
 #define RF_SIMD_H
@@ -61,9 +61,7 @@ RF_INLINE vec max_keep(vec limit, vec x) { return RF_PS(_mm512_max)(limit, x); }
 RF_INLINE vec load_n(const T *p, ptrdiff_t n) {
     return RF_PS(_mm512_maskz_loadu)((1u << n) - 1, p);
 }
-RF_INLINE void store_n(T *p, ptrdiff_t n, vec v) {
-    RF_PS(_mm512_mask_storeu)(p, (1u << n) - 1, v);
-}
+RF_INLINE void store_n(T *p, ptrdiff_t n, vec v) { RF_PS(_mm512_mask_storeu)(p, (1u << n) - 1, v); }
 #elif RF_BYTES == 32
 RF_INLINE vec fma_(vec a, vec b, vec c) { return RF_PS(_mm256_fmadd)(a, b, c); }
 RF_INLINE vec min_keep(vec limit, vec x) { return RF_PS(_mm256_min)(limit, x); }
@@ -126,8 +124,8 @@ RF_INLINE vec shuffle(vec a, vec b, ivec index) {
 RF_INLINE vec shuffle(vec a, vec b, ivec index) { return __builtin_shuffle(a, b, index); }
 #endif
 
-/* Transposes W rows of W lanes: for s = 1, 2, 4 ... swaps, between rows s apart, the blocks of s lanes
- * off the diagonal. */
+/* Transposes W rows of W lanes: for s = 1, 2, 4 ... swaps, between rows s apart, the blocks of s
+ * lanes off the diagonal. */
 RF_INLINE void transpose(vec *rows) {
 #pragma GCC unroll 4
     for (int s = 1; s < W; s *= 2) {
@@ -148,9 +146,7 @@ RF_INLINE void transpose(vec *rows) {
 }
 
 /* Lanes of a where the mask is set, of b elsewhere. */
-RF_INLINE vec blend(ivec mask, vec a, vec b) {
-    return (vec)((mask & (ivec)a) | (~mask & (ivec)b));
-}
+RF_INLINE vec blend(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
 /* What a loop over units wants: whole vectors by load and store, the last block by lanes. */
 RF_INLINE vec load_lanes(const T *p, ptrdiff_t n) { return n >= W ? load(p) : load_n(p, n); }

@@ -1,11 +1,11 @@
 /* cell.h: what a cell is to the engine: a row of stages, each a product and a pointwise part.
- * Knows vectors and the layout of a block of rows; the pointwise parts beside it are to be read next
- * to reference.py, where each equation stands with its source.
+ * Knows vectors and the layout of a block of rows; the pointwise parts beside it are to be read
+ * next to reference.py, where each equation stands with its source.
  *
  * A step computes pre-activations z in `slots` vectors per block of units: input product W x into
  * slots [input.slot, +input.n), then stage by stage a product with R and a pointwise part. Stage 0
  * multiplies h; a second stage multiplies m, which the first one made of h (GRU, reset before the
- * product). Backward runs the stages from the last: pointwise gives dz, the product gives dm or dh. */
+ * product). Backward runs the stages from the last: pointwise gives dz, the product dm or dh. */
 
 #define RF_MAX_SLOTS 4
 #define RF_MAX_STAGES 2
@@ -36,7 +36,7 @@ typedef struct {
     ptrdiff_t H, rows;
     const T *const *gates, *const *h_prev, *const *h, *const *c_prev, *const *c; /* in: tape */
     const T *const *dy; /* in, or NULL: zeros */
-    T *const *dh; /* in: carried from step t+1, without dy; out: what is carried past the products */
+    T *const *dh; /* in: carried from step t+1, without dy; out: carried past the products */
     T *const *dc; /* in: carried from step t+1; out: carried to step t-1 */
     T *const *dz; /* out [slot][H] */
     T *const *dm; /* in of stage 0: gradient of m */
@@ -57,8 +57,8 @@ typedef struct {
 } cell;
 
 /* Loops of a pointwise part over rows r and vectors of units u; n is the number of units left. */
-#define FOR_UNITS(block, from, to)                                                                \
-    for (ptrdiff_t r = 0; r < (block)->rows; r++)                                                 \
+#define FOR_UNITS(block, from, to)                                                                 \
+    for (ptrdiff_t r = 0; r < (block)->rows; r++)                                                  \
         for (ptrdiff_t u = (from), n; n = (to) - u, u < (to); u += W)
 
 /* The pre-activation in a slot. */
