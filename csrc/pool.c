@@ -25,9 +25,9 @@
 
 #define MAX_WORKERS 256
 
-/* A kernel's deepest stack is a few register tiles, some 20 KiB, and twice that under ASan; the rest
- * is for the thread-local storage of the host's libraries, which glibc takes from the stack. Pages
- * that nobody touches cost address space alone. */
+/* Kernels keep less than 16 KiB on the stack, even under ASan; the rest is for the thread-local
+ * storage of the host's libraries, which glibc takes from the stack. Pages that nobody touches cost
+ * address space alone. */
 #define STACK_BYTES (512 * 1024)
 
 /* How long a thread waits, from the start of the wait. It spins for SPIN_NS (not at all in a team
@@ -121,7 +121,8 @@ static void gate_wait(gate *g, unsigned seen, int64_t spin_ns, int64_t awake_ns)
     int64_t start = 0, waited = 0;
     while (waited < awake_ns) {
         if (waited < spin_ns) {
-            for (int i = 0; i < 32; i++) { /* the clock is read seldom: 32 pauses are 0.3 to 1.5 us */
+            /* The clock is read seldom: 32 pauses are 0.3 to 1.5 us. */
+            for (int i = 0; i < 32; i++) {
                 if (gate_moved(g, seen)) return;
                 relax();
             }
@@ -141,7 +142,7 @@ static void gate_wait(gate *g, unsigned seen, int64_t spin_ns, int64_t awake_ns)
 struct rf_team {
     int size;
     int64_t spin_ns;
-    fp_mode host_mode;           /* worker 0's, outside the region */
+    fp_mode host_mode;                /* worker 0's, outside the region */
     alignas(LINE) atomic_int missing; /* workers that the barrier waits for */
     gate passed;
 };
@@ -293,13 +294,14 @@ int rf_pool_run(int threads, void (*work)(void *arg, rf_team *team, int worker),
     rf_team_barrier(team);
     fp_set(team->host_mode);
     if (pool.forks != forks) return 0;
-    team->size = 1; /* what a caller that forked in its region finds after further regions in the child */
+    /* What a caller that forked in its region finds after further regions in the child. */
+    team->size = 1;
     atomic_store_explicit(&pool.busy, 0, memory_order_release);
     return threads;
 }
 
-/* A cgroup's quota is not looked at: it is a share of time and no set of cores, it can change at any
- * moment, and short calls are well served by all cores of a process that is otherwise idle. */
+/* A cgroup's quota is not looked at: it is a share of time and no set of cores, it can change at
+ * any moment, and short calls are well served by all cores of a process that is otherwise idle. */
 int rf_cpu_count(void) {
 #if defined(__linux__)
     for (int most = 1024; most <= 1024 * 1024; most *= 2) {

@@ -1,5 +1,6 @@
 /* pool.h: worker threads and the barrier between steps.
- * Knows threads, nothing of what they compute. One pool per process, made on first use, remade after fork. */
+ * Knows threads, nothing of what they compute. One pool per process, made on first use, remade
+ * after fork. */
 #ifndef RF_POOL_H
 #define RF_POOL_H
 
@@ -19,8 +20,8 @@ int rf_team_size(const rf_team *team);
  * wrote before it is seen by all after it. */
 void rf_team_barrier(rf_team *team);
 
-/* For worker 0 only: call(context) in the floating-point mode of rf_pool_run's caller, as code of the
- * host (a poll that runs Python's signal handlers) must see it; returns its answer. */
+/* For worker 0 only: call(context) in the floating-point mode of rf_pool_run's caller, as code of
+ * the host (a poll that runs Python's signal handlers) must see it; returns its answer. */
 int rf_team_call_host(rf_team *team, int (*call)(void *), void *context);
 
 /* Cores that this process may run on, at least 1. */

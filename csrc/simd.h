@@ -129,7 +129,7 @@ RF_INLINE vec shuffle(vec a, vec b, ivec index) { return __builtin_shuffle(a, b,
 RF_INLINE void transpose(vec *rows) {
 #pragma GCC unroll 4
     for (int s = 1; s < W; s *= 2) {
-        ivec low, high;
+        ivec low = {0}, high = {0};
 #pragma GCC unroll 16
         for (int i = 0; i < W; i++) {
             low[i] = i & s ? W + i - s : i;

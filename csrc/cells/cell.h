@@ -36,11 +36,11 @@ typedef struct {
     ptrdiff_t H, rows;
     const T *const *gates, *const *h_prev, *const *h, *const *c_prev, *const *c; /* in: tape */
     const T *const *dy; /* in, or NULL: zeros */
-    T *const *dh; /* in: carried from step t+1, without dy; out: carried past the products */
-    T *const *dc; /* in: carried from step t+1; out: carried to step t-1 */
-    T *const *dz; /* out [slot][H] */
-    T *const *dm; /* in of stage 0: gradient of m */
-    T *const *m;  /* out of stage 0: m again, for the gradient of its weights */
+    T *const *dh;       /* in: carried from step t+1, without dy; out: carried past the products */
+    T *const *dc;       /* in: carried from step t+1; out: carried to step t-1 */
+    T *const *dz;       /* out [slot][H] */
+    T *const *dm;       /* in of stage 0: gradient of m */
+    T *const *m;        /* out of stage 0: m again, for the gradient of its weights */
 } backward_block;
 
 typedef struct {
