@@ -14,13 +14,13 @@ ISAS: tuple[str, ...]  # compiled in, weakest first; e.g. ("base", "avx2", "avx5
 
 def isa() -> str: ...
 def set_isa(name: str) -> bool:
-    """Kernels used by packs made from now on; "auto" is the best this CPU runs; False if it can't run `name`."""
+    """Kernels of packs made from now on; "auto" is the best. False if `name` cannot run here."""
 
 def cpu_count() -> int:
     """Cores this process may run on (its affinity mask)."""
 
 class Pack:
-    """Weights of one layer (all its directions), re-laid for the kernels of one isa; owns its memory."""
+    """Weights of one layer, all its directions, re-laid for the kernels of one isa."""
 
     isa: str
     dtype: str  # "f" or "d"
@@ -38,8 +38,8 @@ def pack(
 
 def forward(
     pack: Pack,
-    x: Any,  # [T, B, I], or [B, T, I] with batch_first; any strides but the last, which is one element
-    y: Any,  # [T, B, D*H], or [B, T, D*H]; likewise; zeroed by the kernel past a row's length
+    x: Any,  # [T, B, I]; any strides but the last, which is one element
+    y: Any,  # out [T, B, D*H]; likewise; zeroed past a row's length
     h_0: Any,  # [D, B, H] or None for zeros
     c_0: Any,  # likewise; None where the cell has no c
     h_n: Any,  # out [D, B, H]
@@ -48,8 +48,7 @@ def forward(
     gates: Any,  # out [D, T, B, Gt, H] or None: no tape. Rows past a length are not written
     h_tape: Any,  # out [D, T+1, B, H] or None
     c_tape: Any,  # out [D, T+1, B, H] or None
-    batch_first: bool,
-    reverse: bool,  # with D = 1: run from each row's last valid step to its first; D = 2: the second does
+    reverse: bool,  # D = 1: from each row's last valid step to its first. D = 2: the second does
     threads: int,
     plan: int,
 ) -> tuple[str, int]:
@@ -68,8 +67,7 @@ def backward(
     dx: Any,  # out like x, or None: not wanted; zeroed past a row's length
     dh_0: Any,  # out [D, B, H] or None
     dc_0: Any,
-    grads: Any,  # out: None, or one (dW, dR, db_ih, db_hh) per direction, each None where not wanted
-    batch_first: bool,
+    grads: Any,  # out: None, or a (dW, dR, db_ih, db_hh) per direction, each None where not wanted
     reverse: bool,
     threads: int,
     plan: int,
@@ -79,27 +77,31 @@ def backward(
 class Stepper:
     """Layers with fixed packs and their own states, D = 1; runs a block of steps without a check.
 
-    `states`: one (h [1, B, H], c [1, B, H] or None) per layer, written in place at each step.
+    h [L, B, H] and c (None where the cell has none) are the states, written in place at each step.
     """
 
     def __init__(
         self,
         packs: tuple[Pack, ...],
-        states: tuple[tuple[Any, Any], ...],
+        h: Any,
+        c: Any,
         batch_size: int,
-        threads: int = 1,
+        threads: int,
     ) -> None: ...
     def step(self, x: Any, out: Any) -> bool:
-        """x [B, I] (or [I] if B = 1) to out [B, H] (or [H]); False, with nothing done, if either is not
-        exactly a native, aligned, C-contiguous array of that shape and dtype (`out` writable)."""
+        """x [B, I] (or [I] if B = 1) to out [B, H] (or [H]).
+
+        False, with nothing done, if either is not just a native, aligned, C-contiguous array of
+        that shape and dtype, `out` writable and apart from x.
+        """
     def process(self, x: Any, y: Any) -> None:
         """x [T, B, I] to y [T, B, H], both checked by the caller."""
 
 def dropout(x: Any, out: Any, p: float, seed: int, call: int, layer: int) -> None:
-    """out = x * mask / (1 - p), [T, B, N] each; the mask is a function of (seed, call, layer, t, b, unit)."""
+    """out = x * mask / (1 - p), [T, B, N] each; the mask is reference.dropout_mask's."""
 
 def vmath(name: str, x: Any, out: Any) -> None:
-    """"exp", "tanh" or "sigmoid" elementwise over a 1-d array, on the current isa."""
+    """Elementwise "exp", "tanh" or "sigmoid" of a 1-d array, on the current isa."""
 
 def multiply_add(dtype: str, rounds: int, threads: int) -> float:
-    """Multiply-adds in registers, to be timed as the machine's peak; returns the operations done."""
+    """Multiply-adds in registers, timed as the machine's peak; returns the operations done."""

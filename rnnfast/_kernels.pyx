@@ -23,7 +23,14 @@ cdef extern from *:
     /* As the poll sees them: no error handling of Cython's own. */
     #define rf_check_signals PyErr_CheckSignals
     #define rf_get_buffer PyObject_GetBuffer
+    /* A debugging build fills workspaces with NaN, so that no kernel can rest on what was there. */
+    #ifdef NDEBUG
+    #define rf_poison(memory, size) ((void)(memory), (void)(size))
+    #else
+    #define rf_poison(memory, size) memset(memory, 0xff, (size_t)(size))
+    #endif
     """
+    void rf_poison(void *, Py_ssize_t)
     int rf_propagate(int failed) except -1
     int rf_check_signals() noexcept
     ctypedef struct Py_buffer:
@@ -175,7 +182,7 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 24
+    MOST_VIEWS = 20
 
 
 cdef struct Views:
@@ -194,15 +201,15 @@ cdef int take(Views *views, object array, int flags, void **out) except -1:
     return 0
 
 
-cdef int take_seq(Views *views, object array, int flags, bint batch_first, rf_seq *out) except -1:
+cdef int take_seq(Views *views, object array, int flags, rf_seq *out) except -1:
     cdef Py_buffer *view
     if array is None:
         out.data = NULL
         return 0
     take(views, array, flags, &out.data)
     view = &views.view[views.n - 1]
-    out.step = view.strides[1 if batch_first else 0] // view.itemsize
-    out.row = view.strides[0 if batch_first else 1] // view.itemsize
+    out.step = view.strides[0] // view.itemsize
+    out.row = view.strides[1] // view.itemsize
     return 0
 
 
@@ -218,6 +225,7 @@ cdef void *allocate(Py_ssize_t size) except NULL:
     if memory == NULL:
         raise MemoryError(f"cannot allocate {size} bytes of workspace" if size >= 0
                           else "the size of the workspace overflows")
+    rf_poison(memory, size + 64)
     return memory
 
 
@@ -240,6 +248,9 @@ cdef class Pack:
     cdef const void *direction[2]
     cdef readonly int kind
     cdef readonly Py_ssize_t nbytes
+
+    def __cinit__(self):
+        self.kernels = current[0]
 
     def __dealloc__(self):
         PyMem_Free(self.memory)
@@ -323,7 +334,7 @@ cdef inline void set_run(rf_run *run, int threads, int plan) noexcept:
 
 def forward(
     Pack pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape,
-    bint batch_first, bint reverse, int threads, int plan,
+    bint reverse, int threads, int plan,
 ):
     cdef Views views
     cdef rf_forward_args args
@@ -332,11 +343,11 @@ def forward(
     cdef int failed, i
     views.n = 0
     try:
-        take_seq(&views, x, 0, batch_first, &args.x)
+        take_seq(&views, x, 0, &args.x)
         args.shape = pack.shape
-        args.shape.T = views.view[0].shape[1 if batch_first else 0]
-        args.shape.B = views.view[0].shape[0 if batch_first else 1]
-        take_seq(&views, y, PyBUF_WRITABLE, batch_first, &args.y)
+        args.shape.T = views.view[0].shape[0]
+        args.shape.B = views.view[0].shape[1]
+        take_seq(&views, y, PyBUF_WRITABLE, &args.y)
         take(&views, h_0, 0, <void **>&args.h_0)
         take(&views, c_0, 0, <void **>&args.c_0)
         take(&views, h_n, PyBUF_WRITABLE, &args.h_n)
@@ -362,7 +373,7 @@ def forward(
 
 def backward(
     Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
-    bint batch_first, bint reverse, int threads, int plan,
+    bint reverse, int threads, int plan,
 ):
     cdef Views views
     cdef rf_backward_args args
@@ -371,18 +382,18 @@ def backward(
     views.n = 0
     memset(args.grads, 0, sizeof(args.grads))
     try:
-        take_seq(&views, x, 0, batch_first, &args.x)
+        take_seq(&views, x, 0, &args.x)
         args.shape = pack.shape
-        args.shape.T = views.view[0].shape[1 if batch_first else 0]
-        args.shape.B = views.view[0].shape[0 if batch_first else 1]
+        args.shape.T = views.view[0].shape[0]
+        args.shape.B = views.view[0].shape[1]
         take(&views, lengths, 0, <void **>&args.lengths)
         take(&views, gates, 0, &args.tape.gates)
         take(&views, h_tape, 0, &args.tape.h)
         take(&views, c_tape, 0, &args.tape.c)
-        take_seq(&views, dy, 0, batch_first, &args.dy)
+        take_seq(&views, dy, 0, &args.dy)
         take(&views, dh_n, 0, <void **>&args.dh_n)
         take(&views, dc_n, 0, <void **>&args.dc_n)
-        take_seq(&views, dx, PyBUF_WRITABLE, batch_first, &args.dx)
+        take_seq(&views, dx, PyBUF_WRITABLE, &args.dx)
         take(&views, dh_0, PyBUF_WRITABLE, &args.dh_0)
         take(&views, dc_0, PyBUF_WRITABLE, &args.dc_0)
         for d in range(pack.shape.directions):
@@ -411,13 +422,13 @@ def backward(
 cdef class Stepper:
     """Layers with fixed packs and their own states, prepared for one step at a time."""
 
-    cdef tuple packs, states
-    cdef Views views          # of the states, taken for as long as this lives
+    cdef tuple packs
+    cdef Views views            # of the states, taken for as long as this lives
     cdef int layers
     cdef rf_forward_args *args  # [layers], ready for a step
-    cdef char **h             # [layers] the states
-    cdef char **c
-    cdef void *memory         # of args, h, c, new states, a step's y of each layer, workspace
+    cdef char *h                # [layers][B][H] the states
+    cdef char *c
+    cdef void *memory           # of args, new states, a step's y of each layer, workspace
     cdef Py_ssize_t state_bytes, row_bytes
     cdef int threads
     cdef char format
@@ -426,19 +437,16 @@ cdef class Stepper:
         self.views.n = 0
         self.memory = NULL
 
-    def __init__(self, tuple packs, tuple states, Py_ssize_t batch_size, int threads=1):
+    def __init__(self, tuple packs, h, c, Py_ssize_t batch_size, int threads):
         cdef Pack pack = packs[0]
         cdef rf_shape shape
-        cdef Py_ssize_t workspace = 0, here, tables, steps
+        cdef Py_ssize_t workspace = 0, here, tables
         cdef int i
         cdef char *at
         if self.memory != NULL:
             raise ValueError("Stepper: __init__ may be called once")
         self.layers = len(packs)
-        if self.layers > MOST_VIEWS // 2:
-            raise ValueError(f"a stream takes at most {MOST_VIEWS // 2} layers, got {self.layers}")
         self.packs = packs
-        self.states = states
         self.threads = threads
         self.format = c"f" if pack.kernels.element == 4 else c"d"
         self.state_bytes = batch_size * pack.shape.H * pack.kernels.element
@@ -447,23 +455,22 @@ cdef class Stepper:
             shape = pack.shape
             shape.T, shape.B = 1, batch_size
             workspace = max(workspace, pack.kernels.forward_workspace(&shape, threads))
-        tables = self.layers * (sizeof(rf_forward_args) + 2 * sizeof(char *))
-        tables = (tables + 63) // 64 * 64
+        tables = (self.layers * sizeof(rf_forward_args) + 63) // 64 * 64
+        take(&self.views, h, PyBUF_WRITABLE, <void **>&self.h)
+        take(&self.views, c, PyBUF_WRITABLE, <void **>&self.c)
         self.memory = allocate(tables + 3 * self.layers * here + workspace)
         at = <char *>aligned(self.memory)
         self.args = <rf_forward_args *>at
-        self.h = <char **>(at + self.layers * sizeof(rf_forward_args))
-        self.c = self.h + self.layers
         at += tables
         memset(self.args, 0, self.layers * sizeof(rf_forward_args))
         for i in range(self.layers):
             pack = packs[i]
-            take(&self.views, states[i][0], PyBUF_WRITABLE, <void **>&self.h[i])
-            take(&self.views, states[i][1], PyBUF_WRITABLE, <void **>&self.c[i])
             self.args[i].shape = pack.shape
             self.args[i].shape.B = batch_size
             self.args[i].pack[0] = pack.direction[0]
-            self.args[i].h_0, self.args[i].c_0 = self.h[i], self.c[i]
+            self.args[i].h_0 = self.h + i * self.state_bytes
+            if self.c != NULL:
+                self.args[i].c_0 = self.c + i * self.state_bytes
             self.args[i].h_n, self.args[i].c_n = at, at + here
             self.args[i].y.data = at + 2 * here
             self.args[i].x.row = pack.shape.I
@@ -501,9 +508,9 @@ cdef class Stepper:
             rf_propagate(failed)
             x = args.y.data
         for i in range(self.layers):
-            memcpy(self.h[i], self.args[i].h_n, self.state_bytes)
-            if self.c[i] != NULL:
-                memcpy(self.c[i], self.args[i].c_n, self.state_bytes)
+            memcpy(self.h + i * self.state_bytes, self.args[i].h_n, self.state_bytes)
+            if self.c != NULL:
+                memcpy(self.c + i * self.state_bytes, self.args[i].c_n, self.state_bytes)
         return 0
 
     cdef bint fits(self, Py_buffer *view, Py_ssize_t columns) noexcept:
@@ -584,8 +591,8 @@ def dropout(x, out, double p, uint64_t seed, uint64_t call, uint64_t layer):
     cdef const rf_kernels *kernels
     views.n = 0
     try:
-        take_seq(&views, x, 0, False, &from_)
-        take_seq(&views, out, PyBUF_WRITABLE, False, &to)
+        take_seq(&views, x, 0, &from_)
+        take_seq(&views, out, PyBUF_WRITABLE, &to)
         shape = views.view[0].shape
         kernels = current[views.view[0].itemsize == 8]
         with nogil:

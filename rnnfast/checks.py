@@ -71,9 +71,9 @@ def dtype_name(dtype: np.dtype) -> str:
 def fail(error: type[Exception], name: str, got: str, needs: str) -> NoReturn:
     """Raises `error` in the one form of all messages.
 
-    >>> fail(ValueError, "dropout", "1.5", "a number in [0, 1)")
+    >>> fail(ValueError, "dropout", "1.5", "a number in [0, 1]")
     Traceback (most recent call last):
-    ValueError: dropout: got 1.5; needs a number in [0, 1)
+    ValueError: dropout: got 1.5; needs a number in [0, 1]
     """
     raise error(f"{name}: got {got}; needs {needs}")
 
@@ -100,16 +100,16 @@ def integer(name: str, value: Any, low: int, high: int = sys.maxsize) -> int:
 
 
 def fraction(name: str, value: Any) -> float:
-    """A float in [0, 1).
+    """A float in [0, 1].
 
     >>> fraction("dropout", 0)
     0.0
     """
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not real:
-        fail(TypeError, name, describe(value), "a number in [0, 1)")
-    if not 0 <= value < 1:  # a NaN is not
-        fail(ValueError, name, describe(value), "a number in [0, 1)")
+        fail(TypeError, name, describe(value), "a number in [0, 1]")
+    if not 0 <= value <= 1:  # a NaN is not
+        fail(ValueError, name, describe(value), "a number in [0, 1]")
     return float(value)
 
 

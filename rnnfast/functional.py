@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _kernels, checks, config
-from .cells import CELLS, Cell
+from .cells import CELLS, PARAMETERS, Cell
 
 __all__ = [
     "Gradients", "Tape", "gru_backward", "gru_forward", "gru_step", "lstm_backward", "lstm_forward",
@@ -25,7 +25,6 @@ __all__ = [
 ]  # fmt: skip
 
 FORWARD, BACKWARD = _kernels.FORWARD, _kernels.BACKWARD
-PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 NEEDS = ("x", "state", *PARAMETERS)
 
 
@@ -102,7 +101,7 @@ def run_forward(
     if not train:
         return _kernels.forward(
             packed, x, y, h_0, c_0, h_n, c_n, lengths, None, None, None,
-            False, reverse, config.threads, config.plan,
+            reverse, config.threads, config.plan,
         )  # fmt: skip
     D, B, H = h_n.shape
     T, dtype, tape_gates = x.shape[0], x.dtype, len(cell.tape_gates)
@@ -114,7 +113,7 @@ def run_forward(
     tape.c = c = None if c_n is None else np.empty((D, T + 1, B, H), dtype)
     tape.plan, tape.threads = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c,
-        False, reverse, config.threads, config.plan,
+        reverse, config.threads, config.plan,
     )  # fmt: skip
     tape.isa = packed.isa
     return tape
@@ -131,7 +130,7 @@ def run_backward(
     """
     return _kernels.backward(
         packed, tape.x, tape.lengths, tape.gates, tape.h, tape.c, dy, dh_n, dc_n, dx, dh_0, dc_0,
-        grads, False, tape.reverse, config.threads, config.plan,
+        grads, tape.reverse, config.threads, config.plan,
     )  # fmt: skip
 
 

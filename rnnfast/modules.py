@@ -1,4 +1,4 @@
-"""RNN, LSTM and GRU: stacks of layers that own their parameters; and their streams.
+"""RNN, LSTM and GRU: stacks of layers that own their parameters.
 
 Knows parameters, layers, directions and dropout between layers; passes each layer's work to
 `functional` and each question about an argument to `checks`.
@@ -9,60 +9,33 @@ T steps, B batch, I input size, H hidden size, L layers, D directions, as everyw
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from . import _kernels, checks, config, functional
-from .cells import CELLS, Cell
+from .cells import CELLS, PARAMETERS, Cell
 from .functional import (
     BACKWARD,
     FORWARD,
-    PARAMETERS,
     Tape,
     as_steps,
     new_sequence,
     run_backward,
     run_forward,
 )
-
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-ENDS = ("", "_reverse")  # of the parameters' names, by direction
-
-
-class Arrays(Mapping):
-    """Named views of one flat buffer. Assigning to a name writes into the view.
-
-    >>> lstm = LSTM(2, 1, seed=0)
-    >>> lstm.params["bias_ih_l0"] = np.ones(4, np.float32)
-    >>> lstm.params["bias_ih_l0"] -= 1
-    >>> float(lstm.flat[12:16].sum())
-    0.0
-    """
-
-    __slots__ = ("_views",)
-
-    def __init__(self, views: dict[str, np.ndarray]) -> None:
-        self._views = views
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._views[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        view = self._views[name]
-        if value is view:  # the end of an in-place operation
-            return
-        view[...] = checks.exact(name, value, view.dtype, view.shape, "as the parameter")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._views)
-
-    def __len__(self) -> int:
-        return len(self._views)
-
-    def __repr__(self) -> str:
-        return repr({name: view.shape for name, view in self._views.items()})
+from .parameters import (
+    ENDS,
+    Arrays,
+    aligned,
+    assign,
+    module_bytes,
+    parameter_shapes,
+    size,
+    views_of,
+)
+from .streams import Stream
 
 
 class StackTape:
@@ -82,13 +55,6 @@ class StackTape:
 
     def __repr__(self) -> str:
         return f"StackTape({', '.join(map(repr, self.layers))})"
-
-
-def _aligned(numbers: int, dtype: np.dtype) -> np.ndarray:
-    """A zeroed flat buffer that starts at a cache line."""
-    raw = np.zeros(numbers * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + numbers * dtype.itemsize].view(dtype)
 
 
 def _argument(name: str, doc: str) -> Any:
@@ -118,7 +84,7 @@ class Recurrent:
         if arguments["seed"] is None:
             arguments["seed"] = int.from_bytes(os.urandom(8), "little") >> 1
         sizes = "input_size, hidden_size, num_layers"
-        checks.room(sizes, _module_bytes(cell, I, H, L, D, bias), 1)
+        checks.room(sizes, module_bytes(cell, I, H, L, D, bias), 1)
         # What every call reads. The public attributes are read-only: the kernels trust sizes.
         self._sizes = I, H, L, D
         self._dtype = dtype = arguments["dtype"]
@@ -128,12 +94,12 @@ class Recurrent:
         self._pair = "c" in cell.states
 
         self._shapes = parameter_shapes(cell, I, H, L, D, bias)
-        numbers = sum(_size(shape) for shape in self._shapes.values())
-        self._flat, self._flat_grads = (_aligned(numbers, dtype) for _ in range(2))
-        self._params = Arrays(_views(self._flat, self._shapes))
-        self._grads = Arrays(_views(self._flat_grads, self._shapes))
+        numbers = sum(size(shape) for shape in self._shapes.values())
+        self._flat, self._flat_grads = (aligned(numbers, dtype) for _ in range(2))
+        self._params = Arrays(views_of(self._flat, self._shapes))
+        self._grads = Arrays(views_of(self._flat_grads, self._shapes))
         # Views of the library's own: what a caller does to the shape of a public one is not seen.
-        self._weights = self._by_layer(_views(self._flat, self._shapes))
+        self._weights = self._by_layer(views_of(self._flat, self._shapes))
         self._packs: list[Any] | None = None  # kept while frozen
         self._backward_packs: list[Any] | None = None
         self._scratch: list[tuple[np.ndarray, tuple]] = []
@@ -192,7 +158,7 @@ class Recurrent:
 
     @flat.setter
     def flat(self, value: Any) -> None:
-        _assign("flat", self._flat, value)
+        assign("flat", self._flat, value)
 
     @property
     def flat_grads(self) -> np.ndarray:
@@ -201,7 +167,7 @@ class Recurrent:
 
     @flat_grads.setter
     def flat_grads(self, value: Any) -> None:
-        _assign("flat_grads", self._flat_grads, value)
+        assign("flat_grads", self._flat_grads, value)
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero.
@@ -237,7 +203,7 @@ class Recurrent:
             checks.fail(ValueError, "load_state_dict", "a frozen module", "unfreeze() first")
         # Into a buffer first, in case reading an entry fails or an entry is a view of this module.
         fresh = np.empty_like(self._flat)
-        views = _views(fresh, self._shapes)
+        views = views_of(fresh, self._shapes)
         arrays = checks.entries("state_dict", state_dict, self._shapes, self.dtype)
         for name, array in arrays.items():
             views[name][...] = array
@@ -412,8 +378,8 @@ class Recurrent:
             dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched)
         checks.room("tape", T * B * (I + 2 * N), dtype.itemsize)
 
-        # Into a buffer first: an interrupted call has added nothing to the gradients. It is kept for
-        # the next call, and taken off the list meanwhile, because threads may call at once.
+        # Into a buffer first: an interrupted call adds nothing to the gradients. It is kept for the
+        # next call, and off the list meanwhile, because threads may call at once.
         scratch = self._scratch.pop() if self._scratch else self._new_scratch()
         fresh, grads = scratch
         dx_result = new_sequence(T, B, I, dtype, batch_first, unbatched) if need_dx else None
@@ -448,8 +414,8 @@ class Recurrent:
 
     def _new_scratch(self) -> tuple[np.ndarray, tuple]:
         """A buffer like `flat_grads`, and its views as `run_backward` takes them, by layer."""
-        fresh = _aligned(self._flat.size, self._dtype)
-        return fresh, self._by_layer(_views(fresh, self._shapes))
+        fresh = aligned(self._flat.size, self._dtype)
+        return fresh, self._by_layer(views_of(fresh, self._shapes))
 
     def _check_tape(self, tape: StackTape) -> None:
         if type(tape) is not StackTape:
@@ -553,180 +519,6 @@ def _own(layer: int, D: int, *states: np.ndarray | None) -> list[np.ndarray | No
     return [None if state is None else state[own] for state in states]
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) == 1 else shape[0] * shape[1]
-
-
-def _module_bytes(cell: Cell, I: int, H: int, L: int, D: int, bias: bool) -> int:
-    """Bytes, at least, that a module will take; by formula, as L may be anything yet."""
-    rows = len(cell.gates) * H
-    per_direction = rows * (H + 2 * bias)
-    numbers = D * (L * per_direction + rows * I + (L - 1) * rows * D * H)
-    views = 6 * 100 * L * D * (4 if bias else 2)  # three views of each parameter and gradient
-    return 2 * 8 * numbers + views
-
-
-def parameter_shapes(
-    cell: Cell, I: int, H: int, L: int, D: int, bias: bool
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of a stack's parameters, by PyTorch's names and in PyTorch's order.
-
-    >>> parameter_shapes(CELLS["lstm"], 3, 5, 1, 1, False)
-    {'weight_ih_l0': (20, 3), 'weight_hh_l0': (20, 5)}
-    """
-    shapes = {}
-    for layer in range(L):
-        own = cell.weight_shapes(D * H if layer else I, H)
-        for end in ENDS[:D]:
-            for name in PARAMETERS if bias else PARAMETERS[:2]:
-                shapes[f"{name}_l{layer}{end}"] = own[name]
-    return shapes
-
-
-def _views(flat: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Views of a flat buffer, one after the other."""
-    views, start = {}, 0
-    for name, shape in shapes.items():
-        end = start + _size(shape)
-        views[name] = flat[start:end].reshape(shape)
-        start = end
-    return views
-
-
-def _assign(name: str, flat: np.ndarray, value: Any) -> None:
-    if value is not flat:  # else it is the end of an in-place operation
-        flat[...] = checks.exact(name, value, flat.dtype, flat.shape, "all parameters")
-
-
-class Stream:
-    """A module run one step, or one block of steps, at a time; it owns its weights and states.
-
-    Results have the same bits as one call over the whole sequence. To be used by one thread at a
-    time. Made by a module's `stream`.
-
-    >>> lstm = LSTM(3, 5, seed=0)
-    >>> x = np.ones((4, 2, 3), np.float32)
-    >>> s = lstm.stream(batch_size=2)
-    >>> y = np.stack([s.step(x_t) for x_t in x])
-    >>> bool((y == lstm(x)[0]).all())
-    True
-    """
-
-    __slots__ = (
-        "_cell", "_dtype", "_row", "_rows", "_sizes", "_states", "_step", "_stepper",
-    )  # fmt: skip
-
-    def __init__(self, module: Recurrent, batch_size: int) -> None:
-        B = checks.integer("batch_size", batch_size, 1)
-        I, H, L, D = module._sizes
-        if D == 2:
-            needs = "one direction: the other one starts at the sequence's end"
-            checks.fail(ValueError, "stream", "a bidirectional module", needs)
-        self._cell, self._dtype = module._cell, module._dtype
-        self._sizes = B, I, H
-        checks.room("batch_size", len(self._cell.states) * L * B * H, self._dtype.itemsize)
-        self._rows, self._row = (B, H), (H,)
-        self._states = tuple(np.zeros((L, B, H), self._dtype) for _ in self._cell.states)
-        packs = tuple(module._packs or module._pack_all(FORWARD))
-        h, c = self._states if "c" in self._cell.states else (self._states[0], None)
-        by_layer = tuple(
-            (h[layer : layer + 1], None if c is None else c[layer : layer + 1])
-            for layer in range(L)
-        )
-        self._stepper = stepper = _kernels.Stepper(packs, by_layer, B)
-        self._step = stepper.step
-
-    def step(self, x_t: Any, out: np.ndarray | None = None) -> np.ndarray:
-        """One step: x_t [B, I] -> y_t [B, H], the last layer's h; [I] -> [H] if batch_size is 1.
-
-        A fresh array, which may be kept, or `out`, which must not overlap x_t. Raises TypeError or
-        ValueError; the states are then as they were.
-        """
-        # The stepper looks at arrays itself, and does nothing if one is not just as it wants it.
-        if type(x_t) is np.ndarray:
-            if out is None:
-                y_t = np.empty(self._row if x_t.ndim == 1 else self._rows, self._dtype)
-                if self._step(x_t, y_t):
-                    return y_t
-            elif type(out) is np.ndarray and self._step(x_t, out):
-                return out
-        x_t, shape = self._checked("x_t", x_t, False)
-        if out is None:
-            y_t = np.empty(shape, self._dtype)
-        else:
-            y_t = checks.output("out", out, self._dtype, shape, "x_t", x_t)
-        target = y_t if checks.contiguous(y_t) is y_t else np.empty(shape, self._dtype)
-        self._step(checks.contiguous(x_t), target)
-        if target is not y_t:
-            y_t[...] = target
-        return y_t
-
-    def process(self, block: Any, out: np.ndarray | None = None) -> np.ndarray:
-        """A block of steps: [T, B, I] -> [T, B, H]; [T, I] -> [T, H] if batch_size is 1.
-
-        As many calls of `step`, with the same bits, and faster.
-
-        >>> lstm = LSTM(3, 5)
-        >>> lstm.stream().process(np.zeros((7, 3), np.float32)).shape
-        (7, 5)
-        """
-        block, shape = self._checked("block", block, True)
-        B, I, H = self._sizes
-        T = shape[0]
-        checks.room("block", T * B * max(I, H), self._dtype.itemsize)
-        if out is None:
-            y = np.empty(shape, self._dtype)
-        else:
-            y = checks.output("out", out, self._dtype, shape, "block", block)
-        target = y if checks.contiguous(y) is y else np.empty(shape, self._dtype)
-        x = checks.contiguous(block)
-        self._stepper.process(x.reshape(T, B, I), target.reshape(T, B, H))
-        if target is not y:
-            y[...] = target
-        return y
-
-    def _checked(self, name: str, value: Any, steps: bool) -> tuple[np.ndarray, tuple[int, ...]]:
-        """An input of one step, or of a block of steps, and the shape of its output."""
-        array = checks.as_array(name, value, self._dtype)
-        rows = array.shape[1:] if steps else array.shape
-        lead = array.shape[: array.ndim - len(rows)]
-        B, I, _ = self._sizes
-        if array.ndim > steps:
-            if rows == (B, I):
-                return array, (*lead, *self._rows)
-            if rows == (I,) and B == 1:
-                return array, (*lead, *self._row)
-        letters = "T, B, I" if steps else "B, I"
-        sizes = f"T, {B}, {I}" if steps else f"{B}, {I}"
-        also = f", or without the {B}" if B == 1 else ""
-        checks.fail(ValueError, name, f"shape {array.shape}", f"[{letters}] = [{sizes}]{also}")
-
-    @property
-    def state(self) -> Any:
-        """Copies of the states, shaped as the module's: (h, c) for the LSTM, h for others.
-
-        Each [L, B, H]. Assigning takes the values of such arrays.
-        """
-        copies = tuple(array.copy() for array in self._states)
-        return copies if len(copies) == 2 else copies[0]
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        pair, sizes = len(self._states) == 2, self._states[0].shape
-        checked = checks.states(checks.STEP_STATE, value, pair, self._dtype, sizes, False)
-        for own, given in zip(self._states, checked, strict=False):
-            own[...] = given
-
-    def reset(self) -> None:
-        """Sets the states to zero, as at the start."""
-        for array in self._states:
-            array[...] = 0
-
-    def __repr__(self) -> str:
-        (B, I, H), L = self._sizes, len(self._states[0])
-        return f"Stream({self._cell.name!r}, {I}, {H}, num_layers={L}, batch_size={B})"
-
-
 # ------------------------------------------------------------------------------------ the modules
 
 
@@ -735,7 +527,7 @@ class RNN(Recurrent):
 
     Arguments as of torch.nn.RNN: input_size and hidden_size, at least 1; num_layers; nonlinearity,
     "tanh" or "relu"; bias; batch_first: x and y are [B, T, ...]; dropout: the probability, in
-    [0, 1), with which `forward_train` drops a number between two layers; bidirectional. Then dtype,
+    [0, 1], with which `forward_train` drops a number between two layers; bidirectional. Then dtype,
     np.float32 or np.float64, and seed, an integer for the initial parameters (uniform within
     1/sqrt(H) of zero) and for dropout, or None for one from the system.
 

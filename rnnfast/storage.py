@@ -93,8 +93,9 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         damaged(path, f"unreadable header ({error})")
     if not isinstance(header, dict):
         damaged(path, "a header without fields")
-    if header.get("format") != FORMAT:
-        damaged(path, f"format {header.get('format')!r} where this version reads {FORMAT}")
+    version = header.get("format")
+    if type(version) is not int or version != FORMAT:
+        damaged(path, f"format {version!r} where this version reads {FORMAT}")
     return header, members
 
 

@@ -240,10 +240,10 @@ def gradients(case):
 
 
 def flip(sequence, batch_first):
-    """[T, B, N] to C-contiguous [B, T, N] if batch_first, and back; None stays."""
+    """[T, B, N] as it is, or with batch_first laid out as [B, T, N] in memory; None stays."""
     if sequence is None or not batch_first:
         return sequence
-    out = np.ascontiguousarray(sequence.swapaxes(0, 1))
+    out = np.ascontiguousarray(sequence.swapaxes(0, 1)).swapaxes(0, 1)
     out.flags.writeable = sequence.flags.writeable
     return out
 
@@ -270,7 +270,7 @@ def run_kernel(
         return np.full(shape, np.nan, case.dtype)
 
     def sequence(N):
-        return new(B, T, N) if batch_first else new(T, B, N)
+        return new(B, T, N).swapaxes(0, 1) if batch_first else new(T, B, N)
 
     def states_of(pair):
         return (*(pair or ()), None, None)[:2]
@@ -287,9 +287,9 @@ def run_kernel(
     pack = _kernels.pack(cell.number, given.weights, _kernels.FORWARD, threads)
     ran = _kernels.forward(
         pack, x, y, h_0, c_0, h_n, c_n, given.lengths, gates, h_tape, c_tape,
-        batch_first, case.direction == "reverse", threads, number,
+        case.direction == "reverse", threads, number,
     )  # fmt: skip
-    out = {"y": flip(y, batch_first), "h_n": h_n, "c_n": c_n}
+    out = {"y": y, "h_n": h_n, "c_n": c_n}
     if not tape:
         return {name: a for name, a in out.items() if a is not None}, (ran, None)
 
@@ -311,11 +311,10 @@ def run_kernel(
     ran_back = _kernels.backward(
         pack, x, given.lengths, gates, h_tape, c_tape, dy, dh_n, dc_n,
         grads["dx"], grads["dh_0"], grads.get("dc_0"), weights,
-        batch_first, case.direction == "reverse", threads, number,
+        case.direction == "reverse", threads, number,
     )  # fmt: skip
     after = [None if a is None else a.tobytes() for a in (gates, h_tape, c_tape)]
     assert before == after, f"backward wrote the tape: {case}"
-    grads["dx"] = flip(grads["dx"], batch_first)
     out |= grads | {"tape_gates": gates, "tape_h": h_tape, "tape_c": c_tape}
     return {name: a for name, a in out.items() if a is not None}, (ran, ran_back)
 

@@ -1,0 +1,107 @@
+"""A module's parameters: their names and shapes, and the one flat buffer that all of them view.
+
+Knows the table of cells and arrays; no layer's work and no kernel.
+
+I input size, H hidden size, L layers, D directions, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from . import checks
+from .cells import PARAMETERS, Cell
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+ENDS = ("", "_reverse")  # of the parameters' names, by direction
+
+
+class Arrays(Mapping):
+    """Named views of one flat buffer. Assigning to a name writes into the view.
+
+    >>> flat = np.zeros(3)
+    >>> params = Arrays(views_of(flat, {"weight": (2, 1), "bias": (1,)}))
+    >>> params["bias"] = np.ones(1)
+    >>> params["weight"] += 2
+    >>> flat.tolist()
+    [2.0, 2.0, 1.0]
+    """
+
+    __slots__ = ("_views",)
+
+    def __init__(self, views: dict[str, np.ndarray]) -> None:
+        self._views = views
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._views[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        view = self._views[name]
+        if value is view:  # the end of an in-place operation
+            return
+        view[...] = checks.exact(name, value, view.dtype, view.shape, "as the parameter")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __repr__(self) -> str:
+        return repr({name: view.shape for name, view in self._views.items()})
+
+
+def aligned(numbers: int, dtype: np.dtype) -> np.ndarray:
+    """A zeroed flat buffer that starts at a cache line."""
+    raw = np.zeros(numbers * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + numbers * dtype.itemsize].view(dtype)
+
+
+def assign(name: str, flat: np.ndarray, value: Any) -> None:
+    if value is not flat:  # else it is the end of an in-place operation
+        flat[...] = checks.exact(name, value, flat.dtype, flat.shape, "all parameters")
+
+
+def parameter_shapes(
+    cell: Cell, I: int, H: int, L: int, D: int, bias: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a stack's parameters, by PyTorch's names and in PyTorch's order.
+
+    >>> from rnnfast.cells import CELLS
+    >>> parameter_shapes(CELLS["lstm"], 3, 5, 1, 1, False)
+    {'weight_ih_l0': (20, 3), 'weight_hh_l0': (20, 5)}
+    """
+    shapes = {}
+    for layer in range(L):
+        own = cell.weight_shapes(D * H if layer else I, H)
+        for end in ENDS[:D]:
+            for name in PARAMETERS if bias else PARAMETERS[:2]:
+                shapes[f"{name}_l{layer}{end}"] = own[name]
+    return shapes
+
+
+def size(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 1 else shape[0] * shape[1]
+
+
+def module_bytes(cell: Cell, I: int, H: int, L: int, D: int, bias: bool) -> int:
+    """Bytes, at least, that a module will take; by formula, as L may be anything yet."""
+    rows = len(cell.gates) * H
+    per_direction = rows * (H + 2 * bias)
+    numbers = D * (L * per_direction + rows * I + (L - 1) * rows * D * H)
+    views = 6 * 100 * L * D * (4 if bias else 2)  # three views of each parameter and gradient
+    return 2 * 8 * numbers + views
+
+
+def views_of(flat: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Views of a flat buffer, one after the other."""
+    views, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + size(shape)
+        views[name] = flat[start:end].reshape(shape)
+        start = end
+    return views
