@@ -101,7 +101,8 @@ typedef struct {
     const char *isa;
     ptrdiff_t element;                                                /* bytes of one number */
     ptrdiff_t (*pack_size)(const rf_shape *shape, rf_pack_kind kind); /* one direction */
-    void (*pack)(const rf_shape *shape, rf_pack_kind kind, const rf_weights *weights, void *out);
+    void (*pack)(const rf_shape *shape, rf_pack_kind kind, const rf_weights *weights, void *out,
+                 int threads);
     ptrdiff_t (*forward_workspace)(const rf_shape *shape, int threads);
     int (*forward)(rf_forward_args *args); /* nonzero: ended early, by poll or a fork in it */
     ptrdiff_t (*backward_workspace)(const rf_shape *shape, int threads);

@@ -120,7 +120,9 @@ cdef extern from "kernels.h":
         const char *isa
         Py_ssize_t element
         Py_ssize_t (*pack_size)(const rf_shape *, rf_pack_kind) noexcept nogil
-        void (*pack)(const rf_shape *, rf_pack_kind, const rf_weights *, void *) noexcept nogil
+        void (*pack)(
+            const rf_shape *, rf_pack_kind, const rf_weights *, void *, int
+        ) noexcept nogil
         Py_ssize_t (*forward_workspace)(const rf_shape *, int) noexcept nogil
         int (*forward)(rf_forward_args *) noexcept nogil
         Py_ssize_t (*backward_workspace)(const rf_shape *, int) noexcept nogil
@@ -313,7 +315,8 @@ def pack(int cell, tuple weights, int kind, int threads):
         with nogil:
             for d in range(self.shape.directions):
                 self.direction[d] = at + d * size
-                self.kernels.pack(&self.shape, <rf_pack_kind>kind, &w[d], at + d * size)
+                self.kernels.pack(
+                    &self.shape, <rf_pack_kind>kind, &w[d], at + d * size, threads)
     finally:
         release(&views)
     return self

@@ -525,7 +525,7 @@ static const void *run_pack(run_buffers *run, const problem *p, const rf_kernels
         zero_or_in(run, "bias_hh", p->param[B_HH] + d * rows, rows, zeros_as_null),
     };
     buffer *b = allocate(run, "pack", k->pack_size(s, kind), 1);
-    k->pack(s, kind, &weights, b->data);
+    k->pack(s, kind, &weights, b->data, 3);
     protect(b);
     return b->data;
 }
@@ -915,7 +915,7 @@ static void check_poll(void) {
             if (posix_memalign(&pack[kind], ALIGN, (size_t)k->pack_size(&s, (rf_pack_kind)kind)) ||
                 posix_memalign(&workspace[kind], ALIGN, (size_t)bytes[kind]))
                 must(NULL);
-            k->pack(&s, (rf_pack_kind)kind, &w, pack[kind]);
+            k->pack(&s, (rf_pack_kind)kind, &w, pack[kind], 1);
         }
         poller p = {.caller = pthread_self()};
         const rf_run run = {
