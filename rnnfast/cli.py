@@ -1,0 +1,479 @@
+"""The command line: rnnfast train | sample | info.
+
+Knows options, terminals, signals and exit codes. Leaves training to `rnnfast.learn`. Whatever a
+user can get wrong ends in one line on stderr and exit code 2; Ctrl-C leaves a checkpoint and ends
+in 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import rnnfast
+
+from .learn import (
+    Corpus,
+    DataError,
+    LanguageModel,
+    Settings,
+    Trainer,
+    one_blas_thread,
+    perplexity,
+    read_settings,
+    standard_library,
+    text_file,
+)
+from .learn.batches import SAMPLINGS
+from .learn.language_model import CELLS
+from .learn.optimizers import OPTIMIZERS
+from .learn.vocabulary import UNITS
+from .storage import DamagedFileError
+
+CHECKPOINT = "checkpoint.npz"
+LOG = "log.jsonl"
+DEFAULT_OUT = "rnnfast-run"
+LEARNING_RATES = {"adam": 4e-3, "sgd": 0.5}
+RARE = 100_000  # by default, what makes up less than one in so many characters is unknown
+SAVE_EVERY = 30.0  # seconds
+PLAIN_LINE_EVERY = 5.0  # seconds
+CHECKS = 10  # looks at a part of the held-out text, spread over the run
+CHECK_TOKENS = 65_536
+SAMPLE_LENGTH = 400
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 1 (failed), 2 (cannot be done), 130 (Ctrl-C).
+
+    >>> main(["sample", "no-such-folder"])
+    2
+    """
+    args = _parser().parse_args(argv)
+    with contextlib.suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
+    try:
+        with one_blas_thread():
+            return args.command(args)
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `rnnfast sample run | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (DataError, DamagedFileError) as error:
+        return _complain(str(error), 2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _complain(f"{where}{error.strerror or error}", 2)
+    except FloatingPointError as error:
+        return _complain(f"{error}; try a lower --lr", 1)
+    except MemoryError:
+        return _complain("not enough memory; try a smaller --hidden or --batch", 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"rnnfast: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rnnfast", description="Fast recurrent networks on CPUs.")
+    parser.add_argument("--version", action="version", version=f"rnnfast {rnnfast.__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    _add_train(commands)
+    _add_sample(commands)
+    info = commands.add_parser("info", help="show the version, the CPU's kernels and the threads")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a language model on text",
+        description="Trains a recurrent language model on text, by default on the sources of "
+        "Python's standard library, and shows how well it foretells text it has not seen.",
+    )
+    train.set_defaults(command=_train)
+    usual = Settings()
+    add = train.add_argument
+    add("--text", metavar="FILE", help="UTF-8 text to train on; its last tenth is held out")
+    add("--unit", choices=UNITS, help=f"what a token is (default: {usual.unit})")
+    add(
+        "--min-count",
+        type=_positive,
+        metavar="N",
+        help=f"rarer tokens are unknown (default: one in {RARE:,} characters)",
+    )
+    add("--cell", choices=CELLS, help=f"kind of layer (default: {usual.cell})")
+    add("--hidden", type=_positive, metavar="H", help=f"units of a layer (default: {usual.hidden})")
+    add("--layers", type=_positive, metavar="L", help=f"stacked (default: {usual.layers})")
+    add(
+        "--embedding",
+        type=_natural,
+        metavar="E",
+        help=f"size of a token's vector, 0 for one-hot (default: {usual.embedding})",
+    )
+    add("--batch", type=_positive, metavar="B", help=f"rows side by side (default: {usual.batch})")
+    add(
+        "--steps-per-chunk",
+        type=_positive,
+        metavar="T",
+        help=f"how far gradients go back in time (default: {usual.steps_per_chunk})",
+    )
+    add(
+        "--sampling",
+        choices=SAMPLINGS,
+        help=f"how the text is cut into batches (default: {usual.sampling})",
+    )
+    add("--optimizer", choices=OPTIMIZERS, help=f"kind of step (default: {usual.optimizer})")
+    rates = ", ".join(f"{rate} for {name}" for name, rate in LEARNING_RATES.items())
+    add("--lr", type=_positive_number, help=f"highest learning rate (default: {rates})")
+    add("--momentum", type=_share, help=f"of sgd (default: {usual.momentum})")
+    add(
+        "--clip",
+        type=_positive_number,
+        help=f"largest norm of the gradients (default: {usual.clip})",
+    )
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_positive, metavar="N", help="times through the text")
+    length.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help=f"steps of the optimiser (default: {usual.steps})",
+    )
+    add("--seed", type=_natural, help=f"of all that is random (default: {usual.seed})")
+    add("--threads", type=_threads, help="at most (default: as many as there are cores)")
+    add(
+        "--out", metavar="DIR", default=DEFAULT_OUT, help="folder of the run (default: %(default)s)"
+    )
+    add("--resume", action="store_true", help="go on with the run in --out")
+
+
+def _add_sample(commands) -> None:
+    sample = commands.add_parser("sample", help="let a trained model write")
+    sample.set_defaults(command=_sample)
+    add = sample.add_argument
+    add("model", metavar="DIR", help="folder of a run, or a file of LanguageModel.save")
+    add("--prefix", default="", metavar="TEXT", help="what the model is to go on from")
+    add("--length", type=_natural, default=SAMPLE_LENGTH, help="tokens (default: %(default)s)")
+    add(
+        "--temperature",
+        type=_temperature,
+        default=0.7,
+        help="0 always takes the likeliest token, 1 draws as the model says (default: %(default)s)",
+    )
+    add("--seed", type=_natural, help="of the draws (default: another one each time)")
+
+
+def _number(kind: type, text: str, low: float, high: float, needed: str):
+    """`text` as a number in [low, high], or argparse's error."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"must be {needed}, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return _number(int, text, 1, 2**31 - 1, "an integer of at least 1")
+
+
+def _natural(text: str) -> int:
+    return _number(int, text, 0, 2**63 - 1, "an integer of at least 0")
+
+
+def _threads(text: str) -> int:
+    return _number(int, text, 1, 256, "an integer in 1..256")
+
+
+def _positive_number(text: str) -> float:
+    return _number(float, text, 1e-30, 1e30, "a number above 0")
+
+
+def _temperature(text: str) -> float:
+    return _number(float, text, 0, 1e30, "a number of at least 0")
+
+
+def _share(text: str) -> float:
+    return _number(float, text, 0, 1 - 1e-9, "a number of at least 0 and below 1")
+
+
+# --------------------------------------------------------------------------------------- train
+
+
+def _train(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if args.threads is not None:
+        rnnfast.set_num_threads(args.threads)
+    trainer, corpus = _resumed(args, out) if args.resume else _started(args, out)
+    _introduce(trainer, corpus, out)
+    # Before the first step, so that a folder that cannot be written is known before time is spent.
+    trainer.save(out / CHECKPOINT)
+    _log(
+        out,
+        {
+            "settings": dataclasses.asdict(trainer.settings),
+            "manifest": trainer.manifest,
+            "step": trainer.step,
+            "rnnfast": rnnfast.__version__,
+        },
+    )
+
+    began = time.monotonic()
+    if _run(trainer, out):
+        return _complain(
+            f"interrupted; go on from step {trainer.step} with: "
+            f"rnnfast train --resume --out {args.out}",
+            130,
+        )
+    loss = trainer.evaluate()
+    print(f"{trainer.step} steps done in {_clock(time.monotonic() - began)}")
+    if math.isfinite(loss):
+        print(f"all held-out text: {_quality(loss, trainer.settings.unit)}")
+    _log(out, {"step": trainer.step, "held_out": loss})
+    prefix = "\n" if trainer.settings.text else "def "
+    print(f"\na sample (more: rnnfast sample {args.out}):\n")
+    _write(trainer.model, prefix, SAMPLE_LENGTH, 0.7, trainer.settings.seed)
+    return 0
+
+
+def _started(args: argparse.Namespace, out: Path) -> tuple[Trainer, Corpus]:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: is not an empty folder; take another --out, or --resume the run")
+    corpus = _corpus(args.text)
+    given = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(Settings)
+        if getattr(args, field.name) is not None
+    }
+    usual = {
+        "lr": LEARNING_RATES[args.optimizer or Settings.optimizer],
+        "min_count": 1 + len(corpus.train) // RARE,
+    }
+    text = {"text": "" if args.text is None else os.path.abspath(args.text)}
+    settings = Settings(**usual | given | text)
+    trainer = Trainer(settings, corpus)
+    trainer.train_for(epochs=args.epochs)
+    out.mkdir(parents=True, exist_ok=True)
+    return trainer, corpus
+
+
+def _resumed(args: argparse.Namespace, out: Path) -> tuple[Trainer, Corpus]:
+    path = out / CHECKPOINT
+    if not path.exists():
+        raise DataError(f"{path}: there is nothing to resume")
+    settings = read_settings(path)
+    for field in dataclasses.fields(Settings):
+        given, kept = getattr(args, field.name), getattr(settings, field.name)
+        if field.name not in ("text", "steps") and given is not None and given != kept:
+            option = "--" + field.name.replace("_", "-")
+            raise DataError(f"{option} cannot change on --resume: it was {kept}, now {given}")
+    corpus = _corpus(settings.text or None if args.text is None else args.text)
+    trainer = Trainer.resume(path, corpus)
+    trainer.train_for(steps=args.steps, epochs=args.epochs)
+    return trainer, corpus
+
+
+def _corpus(path: str | None) -> Corpus:
+    return standard_library() if path is None else text_file(path)
+
+
+def _introduce(trainer: Trainer, corpus: Corpus, out: Path) -> None:
+    settings, model = trainer.settings, trainer.model
+    text = settings.text or f"{corpus.files} files of Python's standard library"
+    numbers = sum(param.size for param in model.params.values())
+    print(f"text       {text}")
+    print(
+        f"           {len(corpus.train):,} characters to learn from, {len(corpus.held_out):,} "
+        f"held out, manifest {corpus.manifest[:16]}"
+    )
+    print(
+        f"model      {settings.cell}, {settings.layers} x {settings.hidden} units, "
+        f"{len(model.vocabulary)} tokens, {numbers:,} parameters"
+    )
+    print(
+        f"training   {settings.steps} steps of {settings.batch} x {settings.steps_per_chunk} "
+        f"tokens, {settings.sampling}, {settings.optimizer}, lr {settings.lr:g}, "
+        f"seed {settings.seed}"
+    )
+    print(f"engine     {rnnfast.isa()}, {rnnfast.get_num_threads()} threads")
+    print(
+        f"out        {out}" + (f", resumed at step {trainer.step}" if trainer.step else ""),
+        flush=True,
+    )
+
+
+def _run(trainer: Trainer, out: Path) -> bool:
+    """Trains until all is done (False) or Ctrl-C was pressed (True); leaves a checkpoint."""
+    check_every = max(1, trainer.settings.steps // CHECKS)
+    saved = time.monotonic()
+    mean, seen = 0.0, 0
+    with _interruptions() as interrupted, _progress(trainer) as show:
+        while not (trainer.done or interrupted):
+            loss = trainer.advance()
+            # A running mean over about the last 50 steps: single batches differ too much to read.
+            seen += 1
+            mean += (loss - mean) / min(seen, 50)
+            show(mean)
+            if trainer.step % check_every == 0 and not trainer.done:
+                held_out = trainer.evaluate(CHECK_TOKENS)
+                _log(out, {"step": trainer.step, "loss": mean, "held_out_part": held_out})
+                if math.isfinite(held_out):
+                    quality = _quality(held_out, trainer.settings.unit)
+                    show.line(f"step {trainer.step}: a part of the held-out text: {quality}")
+            if time.monotonic() - saved > SAVE_EVERY:
+                trainer.save(out / CHECKPOINT)
+                saved = time.monotonic()
+        trainer.save(out / CHECKPOINT)
+    return bool(interrupted)
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C is pressed; pressed again, it interrupts as usual.
+
+    A step must not be left half done, so the loop ends itself when it sees the list filled.
+    """
+    pressed: list[int] = []
+
+    def handle(number: int, frame) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _quality(loss: float, unit: str) -> str:
+    bits = f", {loss / math.log(2):.4f} bits per character" if unit == "char" else ""
+    return f"perplexity {perplexity(loss):.4f}{bits}"
+
+
+def _log(out: Path, record: dict) -> None:
+    with open(out / LOG, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}"
+
+
+# ------------------------------------------------------------------------------------ progress
+
+
+class _PlainProgress:
+    """How far a run is, as plain lines now and then."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.first = trainer.step
+        self.began = self.shown = time.monotonic()
+
+    def __enter__(self) -> _PlainProgress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def __call__(self, loss: float) -> None:
+        """To be called after each step."""
+        now = time.monotonic()
+        if now - self.shown >= PLAIN_LINE_EVERY or self.trainer.done:
+            self.shown = now
+            total = self.trainer.settings.steps
+            self.line(f"step {self.trainer.step}/{total}: {self.figures(loss)}")
+
+    def figures(self, loss: float) -> str:
+        """Loss, perplexity, speed and time left."""
+        seconds = time.monotonic() - self.began
+        done = self.trainer.step - self.first
+        left = seconds / done * (self.trainer.settings.steps - self.trainer.step)
+        speed = done * self.trainer.tokens_per_step / seconds
+        return (
+            f"loss {loss:.4f}, perplexity {perplexity(loss):.3f}, {speed:,.0f} tokens/s, "
+            f"{_clock(left)} left"
+        )
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+
+class _RichProgress(_PlainProgress):
+    """How far a run is, as a bar that stays at the bottom of the terminal."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        super().__init__(trainer)
+        figures = TextColumn("{task.description}")
+        self.bar = Progress(BarColumn(bar_width=20), MofNCompleteColumn(), figures)
+        self.task = self.bar.add_task("", total=trainer.settings.steps, completed=trainer.step)
+
+    def __enter__(self) -> _RichProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def __call__(self, loss: float) -> None:
+        step = self.trainer.step
+        self.bar.update(self.task, completed=step, description=self.figures(loss))
+
+    def line(self, text: str) -> None:
+        self.bar.console.print(text, markup=False, highlight=False)
+
+
+def _progress(trainer: Trainer) -> _PlainProgress:
+    """A bar if there is a terminal to draw it on and `rich` to do it, else plain lines."""
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        with contextlib.suppress(ImportError):
+            return _RichProgress(trainer)
+    return _PlainProgress(trainer)
+
+
+# ------------------------------------------------------------------------------- sample and info
+
+
+def _sample(args: argparse.Namespace) -> int:
+    path = Path(args.model)
+    model = LanguageModel.load(path / CHECKPOINT if path.is_dir() else path)
+    _write(model, args.prefix, args.length, args.temperature, args.seed)
+    return 0
+
+
+def _write(
+    model: LanguageModel, prefix: str, length: int, temperature: float, seed: int | None
+) -> None:
+    """Prints text as it is generated."""
+    print(prefix, end="", flush=True)
+    written = model.generate(prefix, temperature, seed)
+    for _ in range(length):
+        print(next(written), end="", flush=True)
+    print()
+
+
+def _info(args: argparse.Namespace) -> int:
+    rnnfast.show_config()
+    return 0
