@@ -18,9 +18,16 @@ static inline uint64_t dropout_row(uint64_t key, uint64_t t, uint64_t b) {
     return dropout_mix(key + (t << 32 | b));
 }
 
+/* p in units of 2^-53, rounded up. */
+static inline uint64_t dropout_limit(double p) {
+    const double limit = p * 0x1p53;
+    const uint64_t whole = (uint64_t)limit;
+    return whole + ((double)whole < limit);
+}
+
 /* Keeps if a uniform number in [0, 1) of 53 bits is not below p. */
-static inline int dropout_keeps(uint64_t row, uint64_t unit, double p) {
-    return (double)(dropout_mix(row + unit) >> 11) * 0x1p-53 >= p;
+static inline int dropout_keeps(uint64_t row, uint64_t unit, uint64_t limit) {
+    return dropout_mix(row + unit) >> 11 >= limit;
 }
 
 #endif

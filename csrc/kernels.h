@@ -101,19 +101,19 @@ typedef struct {
     const char *isa;
     ptrdiff_t element;                                                /* bytes of one number */
     ptrdiff_t (*pack_size)(const rf_shape *shape, rf_pack_kind kind); /* one direction */
-    void (*pack)(const rf_shape *shape, rf_pack_kind kind, const rf_weights *weights, void *out,
-                 int threads);
+    int (*pack)(const rf_shape *shape, rf_pack_kind kind, const rf_weights *weights, void *out,
+                rf_run *run); /* nonzero: ended early, by poll or a fork in it; so below */
     ptrdiff_t (*forward_workspace)(const rf_shape *shape, int threads);
-    int (*forward)(rf_forward_args *args); /* nonzero: ended early, by poll or a fork in it */
+    int (*forward)(rf_forward_args *args);
     ptrdiff_t (*backward_workspace)(const rf_shape *shape, int threads);
-    int (*backward)(rf_backward_args *args); /* likewise */
+    int (*backward)(rf_backward_args *args);
     void (*vmath)(rf_vmath_id f, ptrdiff_t n, const void *in, void *out);
     /* Multiplies and adds in registers alone, on `threads` workers; returns the operations done:
      * what the benchmarks time as the machine's peak. */
     double (*multiply_add)(ptrdiff_t rounds, int threads);
     /* out = in * mask / (1 - p) over [T, B, N]; the mask depends on (key, t, b, unit) alone. */
-    void (*dropout)(ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf_seq in, rf_seq out, double p,
-                    uint64_t key);
+    int (*dropout)(ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf_seq in, rf_seq out, double p,
+                   uint64_t key, rf_run *run);
 } rf_kernels;
 
 /* dispatch.c. Isas compiled in, weakest first, NULL-terminated; and the kernels of one, or NULL if

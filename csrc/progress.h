@@ -35,6 +35,18 @@ static inline double progress_clock(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+static inline stop_flag stop_flag_make(const rf_run *run) {
+    return (stop_flag){.poll = run->poll, .context = run->poll_context};
+}
+
+/* Runs the workers of a call and notes what ran; nonzero if the call was ended early. */
+static inline int run_workers(rf_run *run, int threads, void (*work)(void *, rf_team *, int),
+                              void *call, stop_flag *flag) {
+    run->ran_threads = rf_pool_run(threads, work, call);
+    run->ran_plan = run->ran_threads > 1 ? RF_PLAN_BATCH : RF_PLAN_SERIAL;
+    return atomic_load(&flag->stop) || run->ran_threads == 0;
+}
+
 static inline progress progress_start(stop_flag *flag, rf_team *team, int worker) {
     return (progress){.flag = flag, .team = team, .polls = worker == 0 && flag->poll};
 }

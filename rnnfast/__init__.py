@@ -3,6 +3,16 @@
 Knows the public names, nothing else.
 """
 
+try:
+    from ._kernels import Pack as _Pack  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != f"{__name__}._kernels":
+        raise
+    raise ImportError(
+        f"rnnfast's compiled module is missing in {__path__[0]}: run `pip install -e .` in the "
+        "folder above, or start Python elsewhere if an installed rnnfast is meant"
+    ) from None
+
 from . import functional
 from .config import get_num_threads, isa, set_num_threads, show_config
 from .modules import GRU, LSTM, RNN, Stream, load

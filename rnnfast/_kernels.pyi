@@ -32,7 +32,11 @@ class Pack:
     nbytes: int
 
 def pack(
-    cell: int, weights: tuple[tuple[Any, Any, Any, Any], ...], kind: int, threads: int
+    cell: int,
+    weights: tuple[tuple[Any, Any, Any, Any], ...],
+    kind: int,
+    threads: int,
+    plan: int,
 ) -> Pack:
     """One (W [GH, I], R [GH, H], b_ih [GH] or None, b_hh [GH] or None) per direction."""
 
@@ -96,8 +100,13 @@ class Stepper:
         """
     def process(self, x: Any, y: Any) -> None:
         """x [T, B, I] to y [T, B, H], both checked by the caller."""
+    def __enter__(self) -> None:
+        """Keeps other calls out; ValueError if one is under way, as in these."""
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None: ...
 
-def dropout(x: Any, out: Any, p: float, seed: int, call: int, layer: int) -> None:
+def dropout(
+    x: Any, out: Any, p: float, seed: int, call: int, layer: int, threads: int, plan: int
+) -> None:
     """out = x * mask / (1 - p), [T, B, N] each; the mask is reference.dropout_mask's."""
 
 def vmath(name: str, x: Any, out: Any) -> None:

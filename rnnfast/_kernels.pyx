@@ -120,8 +120,8 @@ cdef extern from "kernels.h":
         const char *isa
         Py_ssize_t element
         Py_ssize_t (*pack_size)(const rf_shape *, rf_pack_kind) noexcept nogil
-        void (*pack)(
-            const rf_shape *, rf_pack_kind, const rf_weights *, void *, int
+        int (*pack)(
+            const rf_shape *, rf_pack_kind, const rf_weights *, void *, rf_run *
         ) noexcept nogil
         Py_ssize_t (*forward_workspace)(const rf_shape *, int) noexcept nogil
         int (*forward)(rf_forward_args *) noexcept nogil
@@ -129,8 +129,8 @@ cdef extern from "kernels.h":
         int (*backward)(rf_backward_args *) noexcept nogil
         void (*vmath)(rf_vmath_id, Py_ssize_t, const void *, void *) noexcept nogil
         double (*multiply_add)(Py_ssize_t, int) noexcept nogil
-        void (*dropout)(
-            Py_ssize_t, Py_ssize_t, Py_ssize_t, rf_seq, rf_seq, double, uint64_t
+        int (*dropout)(
+            Py_ssize_t, Py_ssize_t, Py_ssize_t, rf_seq, rf_seq, double, uint64_t, rf_run *
         ) noexcept nogil
     const char **rf_isas
     const rf_kernels *rf_find_kernels(const char *, rf_dtype)
@@ -215,6 +215,18 @@ cdef int take_seq(Views *views, object array, int flags, rf_seq *out) except -1:
     return 0
 
 
+cdef int agree(Views *views) except -1:
+    """The sequence taken last must have the steps and rows of x, the first: an array's shape can be
+    assigned to, at any moment, by whoever else holds it."""
+    cdef Py_ssize_t *first = views.view[0].shape
+    cdef Py_ssize_t *last = views.view[views.n - 1].shape
+    if first[0] != last[0] or first[1] != last[1]:
+        raise ValueError(
+            f"an array was reshaped during the call: got [{last[0]}, {last[1]}, ...] beside an x of "
+            f"[{first[0]}, {first[1]}, ...]")
+    return 0
+
+
 cdef void release(Views *views) noexcept:
     cdef int i
     for i in range(views.n):
@@ -231,12 +243,28 @@ cdef void *allocate(Py_ssize_t size) except NULL:
     return memory
 
 
+cdef inline Py_ssize_t most_of(Py_ssize_t a, Py_ssize_t b) noexcept:
+    """The larger of two sizes; -1, an overflow, stays."""
+    return -1 if a < 0 or b < 0 else max(a, b)
+
+
+cdef inline Py_ssize_t sum_of(Py_ssize_t a, Py_ssize_t b) noexcept:
+    return -1 if a < 0 or b < 0 or a > PY_SSIZE_T_MAX - b else a + b
+
+
 cdef inline void *aligned(void *memory) noexcept:
     return <void *>((<uintptr_t>memory + 63) & ~<uintptr_t>63)
 
 
 cdef extern from *:
     Py_ssize_t PY_SSIZE_T_MAX
+
+
+cdef inline void set_run(rf_run *run, int threads, int plan) noexcept:
+    run.threads = threads
+    run.plan = plan
+    run.poll = poll
+    run.poll_context = NULL
 
 
 # ---- packs ----------------------------------------------------------------------------------------
@@ -282,12 +310,13 @@ cdef class Pack:
         return self.shape.directions
 
 
-def pack(int cell, tuple weights, int kind, int threads):
+def pack(int cell, tuple weights, int kind, int threads, int plan):
     cdef Pack self = Pack.__new__(Pack)
     cdef Views views
     cdef rf_weights w[2]
+    cdef rf_run run
     cdef Py_ssize_t size
-    cdef int d
+    cdef int d, failed = 0
     cdef char *at
     views.n = 0
     try:
@@ -312,11 +341,13 @@ def pack(int cell, tuple weights, int kind, int threads):
             self.nbytes = size * self.shape.directions
         self.memory = allocate(self.nbytes if size >= 0 else -1)
         at = <char *>aligned(self.memory)
+        set_run(&run, threads, plan)
         with nogil:
             for d in range(self.shape.directions):
                 self.direction[d] = at + d * size
-                self.kernels.pack(
-                    &self.shape, <rf_pack_kind>kind, &w[d], at + d * size, threads)
+                failed |= self.kernels.pack(
+                    &self.shape, <rf_pack_kind>kind, &w[d], at + d * size, &run)
+        rf_propagate(failed)
     finally:
         release(&views)
     return self
@@ -328,20 +359,12 @@ cdef inline int reversed_bits(Pack pack, bint reverse) noexcept:
     return 2 if pack.shape.directions == 2 else <int>reverse
 
 
-cdef inline void set_run(rf_run *run, int threads, int plan) noexcept:
-    run.threads = threads
-    run.plan = plan
-    run.poll = poll
-    run.poll_context = NULL
-
-
 def forward(
     Pack pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape,
     bint reverse, int threads, int plan,
 ):
     cdef Views views
     cdef rf_forward_args args
-    cdef Py_buffer *view
     cdef void *memory = NULL
     cdef int failed, i
     views.n = 0
@@ -351,6 +374,7 @@ def forward(
         args.shape.T = views.view[0].shape[0]
         args.shape.B = views.view[0].shape[1]
         take_seq(&views, y, PyBUF_WRITABLE, &args.y)
+        agree(&views)
         take(&views, h_0, 0, <void **>&args.h_0)
         take(&views, c_0, 0, <void **>&args.c_0)
         take(&views, h_n, PyBUF_WRITABLE, &args.h_n)
@@ -394,9 +418,13 @@ def backward(
         take(&views, h_tape, 0, &args.tape.h)
         take(&views, c_tape, 0, &args.tape.c)
         take_seq(&views, dy, 0, &args.dy)
+        if dy is not None:
+            agree(&views)
         take(&views, dh_n, 0, <void **>&args.dh_n)
         take(&views, dc_n, 0, <void **>&args.dc_n)
         take_seq(&views, dx, PyBUF_WRITABLE, &args.dx)
+        if dx is not None:
+            agree(&views)
         take(&views, dh_0, PyBUF_WRITABLE, &args.dh_0)
         take(&views, dc_0, PyBUF_WRITABLE, &args.dc_0)
         for d in range(pack.shape.directions):
@@ -432,9 +460,10 @@ cdef class Stepper:
     cdef char *h                # [layers][B][H] the states
     cdef char *c
     cdef void *memory           # of args, new states, a step's y of each layer, workspace
-    cdef Py_ssize_t state_bytes, row_bytes
+    cdef Py_ssize_t state_bytes
     cdef int threads
     cdef char format
+    cdef bint busy              # a call has let go of the interpreter's lock, or runs its signals
 
     def __cinit__(self):
         self.views.n = 0
@@ -457,11 +486,11 @@ cdef class Stepper:
         for pack in packs:
             shape = pack.shape
             shape.T, shape.B = 1, batch_size
-            workspace = max(workspace, pack.kernels.forward_workspace(&shape, threads))
+            workspace = most_of(workspace, pack.kernels.forward_workspace(&shape, threads))
         tables = (self.layers * sizeof(rf_forward_args) + 63) // 64 * 64
         take(&self.views, h, PyBUF_WRITABLE, <void **>&self.h)
         take(&self.views, c, PyBUF_WRITABLE, <void **>&self.c)
-        self.memory = allocate(tables + 3 * self.layers * here + workspace)
+        self.memory = allocate(sum_of(tables + 3 * self.layers * here, workspace))
         at = <char *>aligned(self.memory)
         self.args = <rf_forward_args *>at
         at += tables
@@ -532,6 +561,20 @@ cdef class Stepper:
             return False
         return <uintptr_t>view.buf % <uintptr_t>size == 0
 
+    cdef int take(self) except -1:
+        if self.busy:
+            raise ValueError(
+                "stream: in use by another call, of another thread or a signal handler")
+        self.busy = True
+        return 0
+
+    # `with` the stepper, no other call gets in; and no signal's handler between take and the body.
+    def __enter__(self):
+        self.take()
+
+    def __exit__(self, kind, error, traceback):
+        self.busy = False
+
     def step(self, x, out):
         cdef Py_buffer from_, to
         cdef bint good
@@ -550,7 +593,11 @@ cdef class Stepper:
                 or <char *>from_.buf >= <char *>to.buf + B * H * to.itemsize
             )
             if good:
-                self.run(1, from_.buf, to.buf, NULL, NULL)
+                self.take()
+                try:
+                    self.run(1, from_.buf, to.buf, NULL, NULL)
+                finally:
+                    self.busy = False
         finally:
             PyBuffer_Release(&from_)
             PyBuffer_Release(&to)
@@ -569,16 +616,21 @@ cdef class Stepper:
         try:
             take(&views, x, 0, &from_)
             take(&views, y, PyBUF_WRITABLE, &to)
+            agree(&views)
             T = views.view[0].shape[0]
             for pack in self.packs:
                 shape = pack.shape
                 shape.T, shape.B = T, self.args[0].shape.B
-                most = max(most, pack.kernels.forward_workspace(&shape, self.threads))
+                most = most_of(most, pack.kernels.forward_workspace(&shape, self.threads))
             between = 2 * T * self.state_bytes if self.layers > 1 else 0
             between = (between + 63) // 64 * 64
-            memory = allocate(between + most)
-            self.run(T, from_, to, <char *>aligned(memory),
-                     <char *>aligned(memory) + between)
+            memory = allocate(sum_of(between, most))
+            self.take()
+            try:
+                self.run(T, from_, to, <char *>aligned(memory),
+                         <char *>aligned(memory) + between)
+            finally:
+                self.busy = False
         finally:
             PyMem_Free(memory)
             release(&views)
@@ -586,20 +638,27 @@ cdef class Stepper:
 
 # ---- the rest -------------------------------------------------------------------------------------
 
-def dropout(x, out, double p, uint64_t seed, uint64_t call, uint64_t layer):
+def dropout(
+    x, out, double p, uint64_t seed, uint64_t call, uint64_t layer, int threads, int plan
+):
     cdef Views views
     cdef rf_seq from_, to
     cdef uint64_t key = dropout_mix(dropout_mix(dropout_mix(seed) + call) + layer)
     cdef Py_ssize_t *shape
     cdef const rf_kernels *kernels
+    cdef rf_run run
+    cdef int failed
     views.n = 0
     try:
         take_seq(&views, x, 0, &from_)
         take_seq(&views, out, PyBUF_WRITABLE, &to)
+        agree(&views)
+        set_run(&run, threads, plan)
         shape = views.view[0].shape
         kernels = current[views.view[0].itemsize == 8]
         with nogil:
-            kernels.dropout(shape[0], shape[1], shape[2], from_, to, p, key)
+            failed = kernels.dropout(shape[0], shape[1], shape[2], from_, to, p, key, &run)
+        rf_propagate(failed)
     finally:
         release(&views)
 

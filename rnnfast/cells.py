@@ -20,7 +20,7 @@ class Cell:
     """
 
     name: str
-    number: int  # the same as `rf_cell` in csrc/kernels.h
+    number: int  # the same as `rf_cell_id` in csrc/kernels.h
     gates: tuple[str, ...]
     states: tuple[str, ...]
     tape_gates: tuple[str, ...]

@@ -4,12 +4,17 @@ Knows NumPy, shapes and words; nothing of kernels. Leaves allocation and arithme
 and `modules`, which trust what has passed here. What passes has memory layout as the kernels want
 it: a copy is made where an argument's own layout is of no use to them, and only there.
 
+What passes stays as it was judged: arrays are views of the library's own, lists are copied before
+they are read. For a later argument's `__array__`, another thread or a signal handler may do
+anything to the caller's own objects, whose shape and dtype can be assigned.
+
 Messages have one form: the argument, what came, what is needed. The usual case (an exact, aligned
 ndarray of the right dtype) is decided by a few attribute reads; words are made on failure only.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -93,7 +98,7 @@ def integer(name: str, value: Any, low: int, high: int = sys.maxsize) -> int:
     bounds = f"of at least {low}" if high == sys.maxsize else f"in {low}..{high}"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         fail(TypeError, name, describe(value), f"an integer {bounds}")
-    value = int(value)
+    value = operator.index(value)
     if not low <= value <= high:
         fail(ValueError, name, describe(value), f"an integer {bounds}")
     return value
@@ -230,14 +235,13 @@ def room(what: str, numbers: int, itemsize: int) -> None:
 
 
 def as_array(name: str, value: Any, dtype: np.dtype, *, detach: bool = False) -> ndarray:
-    """An exact ndarray of this dtype over the memory of `value`, whatever its rank and layout.
+    """A fresh ndarray of this dtype over the memory of `value`, whatever its rank and layout.
 
     Taken: arrays, and objects with the buffer protocol, `__array__` or DLPack on the CPU. Refused:
     sequences, numbers, masked arrays, any other dtype or byte order. With `detach` a tensor that
     wants gradients is taken without them (for parameters), instead of refused.
     """
-    if type(value) is not ndarray:
-        value = raw_array(name, value, dtype, detach)
+    value = value[...] if type(value) is ndarray else raw_array(name, value, dtype, detach)
     if value.dtype is not dtype and value.dtype != dtype:
         needs = f"{dtype.name}: .astype(np.{dtype.name}) converts"
         fail(TypeError, name, describe(value), needs)
@@ -247,7 +251,7 @@ def as_array(name: str, value: Any, dtype: np.dtype, *, detach: bool = False) ->
 def raw_array(name: str, value: Any, dtype: np.dtype, detach: bool) -> ndarray:
     """`as_array` before its look at the dtype, which is here for the message only."""
     if type(value) is ndarray:
-        return value
+        return value[...]
     masked = sys.modules.get("numpy.ma")
     if masked is not None and isinstance(value, masked.MaskedArray):
         fail(TypeError, name, "a masked array", "an array without a mask: use .filled(...)")
@@ -328,8 +332,8 @@ def exact(name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...], letter
     Traceback (most recent call last):
     ValueError: h_0: got shape (1, 2, 3); needs [L*D, B, H] = (1, 5, 3)
     """
-    array = value
-    if type(array) is not ndarray or array.dtype is not dtype:
+    array = value[...] if type(value) is ndarray else as_array(name, value, dtype)
+    if array.dtype is not dtype:
         array = as_array(name, array, dtype)
     if array.shape != shape:
         _shape(name, array, shape, letters)
@@ -347,8 +351,8 @@ def sequence(
     >>> x.shape, unbatched
     ((5, 1, 3), True)
     """
-    array = value
-    if type(array) is not ndarray or array.dtype is not dtype:
+    array = value[...] if type(value) is ndarray else as_array(name, value, dtype)
+    if array.dtype is not dtype:
         array = as_array(name, array, dtype)
     shape = array.shape
     rank = len(shape)
@@ -428,6 +432,8 @@ def _parts(
         if several:
             fail(TypeError, names[0], describe(value), f"one array [{letters}]")
         return exact(names[0], value, dtype, shape, letters), None
+    if several:
+        value = tuple(value)
     if not several or len(value) != 2:
         needs = f"a pair of arrays, {names[0]} and {names[1]}, each [{letters}]"
         fail(ValueError if several else TypeError, names[0].split()[0], describe(value), needs)
@@ -447,9 +453,11 @@ def lengths(name: str, value: Any, T: int, B: int, unbatched: bool) -> ndarray:
     needs = f"{B} integers in 0..{T}"
     if unbatched:
         fail(ValueError, name, describe(value), "None, as x is unbatched: cut x instead")
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, range):
+        value = tuple(value[: B + 1])
         if len(value) != B:
-            fail(ValueError, name, f"{len(value)} values", needs)
+            count = str(len(value)) if len(value) < B else f"more than {B}"
+            fail(ValueError, name, f"{count} values", needs)
         return np.array([integer(f"{name}[{b}]", n, 0, T) for b, n in enumerate(value)], INTP)
     value = raw_array(name, value, INTP, False)
     if value.dtype.kind not in "iu":
@@ -466,9 +474,10 @@ def lengths(name: str, value: Any, T: int, B: int, unbatched: bool) -> ndarray:
 def output(
     name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...], input_name: str, source: ndarray
 ) -> ndarray:
-    """An array to write a result to: writable, of this shape, apart from the input in memory."""
+    """A view of an array to write to: writable, of this shape, apart from the input in memory."""
     if type(value) is not ndarray:
         fail(TypeError, name, describe(value), f"a NumPy array of {dtype.name}")
+    value = value[...]
     if value.dtype != dtype:
         fail(TypeError, name, describe(value), dtype.name)
     if value.shape != shape:
@@ -509,10 +518,12 @@ def weights(name: str, value: Any, gates: int) -> Weights:
     """
     needs = "(W, R, b_ih, b_hh), a pair of such tuples, or a pack"
     sequences = tuple, list
-    if type(value) not in sequences or not value:
+    if type(value) in sequences:
+        value = tuple(tuple(one) if type(one) in sequences else one for one in tuple(value))
+    if type(value) is not tuple or not value:
         fail(TypeError, name, describe(value), needs)
-    directions = value if type(value[0]) in sequences else (value,)
-    if len(directions) > 2 or any(type(d) not in sequences or len(d) != 4 for d in directions):
+    directions = value if type(value[0]) is tuple else (value,)
+    if len(directions) > 2 or any(type(d) is not tuple or len(d) != 4 for d in directions):
         fail(ValueError, name, describe(value), needs)
     labels = [f"{name} ({label})" for label in ("W", "R", "b_ih", "b_hh")]
     # As arrays, each converted once, and then by shape: an object's answer may change.

@@ -1,7 +1,7 @@
 """One recurrent layer, in one or two directions, as functions: check, allocate, call, return.
 
-Knows arrays, the table of cells and the compiled layer; no module, no stack of layers. Every call
-of the library passes through one pair, `run_forward` and `run_backward`, which trust their
+Knows arrays, the table of cells and the compiled layer; no module, no stack of layers. Every layer
+but a stream's passes through one pair, `run_forward` and `run_backward`, which trust their
 arguments. The public functions below them are the same for each cell, with checks in front.
 
 T steps, B batch, I input size, H hidden size, D directions, G parameter gates, Gt tape gates.
@@ -35,8 +35,8 @@ class Tape:
     nothing.
 
     - `cell`: name in CELLS
-    - `x` [T, B, I], any strides: the input itself, or the copy that was made of it. To change it
-      before backward is an error of the caller's, and makes wrong gradients
+    - `x` [T, B, I], any strides: a view of the input, or of the copy that was made of it. To change
+      its numbers before backward is an error of the caller's, and makes wrong gradients
     - `lengths` [B] intp, or None
     - `gates` [D, T, B, Gt, H], or None if Gt = 0
     - `h` [D, T+1, B, H], slot 0 the initial state
@@ -65,6 +65,8 @@ class Tape:
     isa: str
 
     def __repr__(self) -> str:
+        if not hasattr(self, "threads"):  # what a forward sets last but one
+            return "Tape()"
         D, T, B, H = self.h.shape[0], self.h.shape[1] - 1, self.h.shape[2], self.h.shape[3]
         sizes = f"T={T}, B={B}, I={self.x.shape[-1]}, H={H}, D={D}"
         return f"Tape({self.cell!r}, {sizes}, plan={self.plan!r}, threads={self.threads})"
@@ -139,12 +141,21 @@ def tape_numbers(cell: Cell, T: int, B: int, H: int, directions: int) -> int:
     return directions * B * H * (T * len(cell.tape_gates) + (T + 1) * len(cell.states))
 
 
-def check_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtype) -> None:
-    """Refuses a tape of another cell, other I, H, D = `sizes` or dtype, or one that was altered."""
+def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtype) -> Tape:
+    """A tape of the library's own over the same arrays, for backward to read and nothing else.
+
+    Nobody else can change what was checked of it: the arrays are fresh views, the lengths a copy.
+    Refuses a tape of another cell, other I, H, D = `sizes` or dtype, or one that was altered.
+    """
     if type(tape) is not Tape:
         checks.fail(TypeError, "tape", checks.describe(tape), "what forward returned as its tape")
     altered = "an altered one", "one as forward returned it"
+    own = Tape()
     try:
+        for name in Tape.__slots__:
+            value = getattr(tape, name)
+            setattr(own, name, value[...] if type(value) is np.ndarray else value)
+        tape = own
         x, h, lengths = tape.x, tape.h, tape.lengths
         arrays = type(h) is np.ndarray and h.ndim == 4 and type(x) is np.ndarray and x.ndim == 3
         if not arrays:
@@ -158,6 +169,8 @@ def check_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dt
         T, B, _ = x.shape
         D, _, _, H = h.shape
         states, gates = (D, T + 1, B, H), len(cell.tape_gates)
+        if lengths is not None and _is(lengths, (B,), checks.INTP):
+            tape.lengths = lengths = lengths.copy()
         right = (
             _is(h, states, dtype)
             and _is(tape.c, states if "c" in cell.states else None, dtype)
@@ -173,6 +186,7 @@ def check_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dt
         right = False
     if not right:
         checks.fail(ValueError, "tape", *altered)
+    return own
 
 
 def _is(array: Any, shape: tuple[int, ...] | None, dtype: np.dtype) -> bool:
@@ -211,7 +225,7 @@ def _pack(cell: Cell, weights: Any, kind: int) -> tuple[Any, tuple | None]:
     """The pack of this kind, and the checked raw weights, or None if they came packed."""
     if type(weights) is not _kernels.Pack:
         raw = checks.weights("weights", weights, len(cell.gates))
-        return _kernels.pack(cell.number, raw, kind, config.threads), raw
+        return _kernels.pack(cell.number, raw, kind, config.threads, config.plan), raw
     if not weights.nbytes:  # none that `pack` has made
         checks.fail(ValueError, "weights", "an empty pack", "one that `pack` has made")
     if weights.cell != cell.number:
@@ -290,7 +304,7 @@ def _backward(
     needed = checks.choices("need", need, NEEDS)
     packed, raw = _pack(cell, weights, BACKWARD)
     I, H, D, dtype = packed.input_size, packed.hidden_size, packed.directions, _dtype(packed)
-    check_tape(tape, cell, (I, H, D), dtype)
+    tape = own_tape(tape, cell, (I, H, D), dtype)
     T, B, _ = tape.x.shape
     pair = "c" in cell.states
     batch_first, unbatched = tape.batch_first, tape.unbatched

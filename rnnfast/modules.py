@@ -43,18 +43,23 @@ class StackTape:
 
     - `layers`: one `functional.Tape` per layer
     - `plan`, `threads`, `isa`: what ran; of layers that differ, the one with most threads
+
+    It belongs to the module that made it, as do its copies; no other module takes it.
     """
 
-    __slots__ = ("_dropout", "isa", "layers", "plan", "threads")
+    __slots__ = ("_dropout", "_owner", "isa", "layers", "plan", "threads")
 
-    def __init__(self, layers: tuple[Tape, ...], dropout: tuple[float, int, int]) -> None:
+    def __init__(
+        self, layers: tuple[Tape, ...], dropout: tuple[float, int, int], owner: bytes
+    ) -> None:
         most = max(layers, key=lambda layer: layer.threads)
         self.layers = layers
         self.plan, self.threads, self.isa = most.plan, most.threads, most.isa
         self._dropout = dropout  # probability, seed, call: what the masks are made of
+        self._owner = owner  # the module's token
 
     def __repr__(self) -> str:
-        return f"StackTape({', '.join(map(repr, self.layers))})"
+        return f"StackTape({', '.join(map(repr, getattr(self, 'layers', ())))})"
 
 
 def _argument(name: str, doc: str) -> Any:
@@ -77,6 +82,8 @@ class Recurrent:
 
     def _build(self, arguments: dict[str, Any], fill: bool = True) -> None:
         """Checks the constructor's arguments and makes the parameters, random ones with `fill`."""
+        if self._built:  # a call may be under way, and kernels trust that sizes never change
+            checks.fail(ValueError, type(self).__name__, "a module that is built", "a new one")
         self._arguments = arguments = _checked(arguments)
         self._cell = cell = type(self)._cell_of(arguments)
         I, H, L = arguments["input_size"], arguments["hidden_size"], arguments["num_layers"]
@@ -100,13 +107,22 @@ class Recurrent:
         self._grads = Arrays(views_of(self._flat_grads, self._shapes))
         # Views of the library's own: what a caller does to the shape of a public one is not seen.
         self._weights = self._by_layer(views_of(self._flat, self._shapes))
-        self._packs: list[Any] | None = None  # kept while frozen
-        self._backward_packs: list[Any] | None = None
+        self._packs: dict[int, list[Any]] | None = None  # by kind, kept while frozen
         self._scratch: list[tuple[np.ndarray, tuple]] = []
+        self._token = os.urandom(16)  # a copy gets its own: its parameters soon differ
         if fill:
             bound = 1 / np.sqrt(H)
             random = np.random.default_rng(arguments["seed"])
             self._flat[...] = random.uniform(-bound, bound, numbers)
+        self._built = True
+
+    _built = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Asked last: of a method's own attributes, only where `_build` did not run to its end."""
+        if not self._built and name.startswith("_") and not name.endswith("_"):
+            checks.fail(TypeError, "module", "one that was never built", "its class called")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _by_layer(self, views: dict[str, np.ndarray]) -> tuple:
         """For each layer, for each direction, (W, R, b_ih, b_hh)."""
@@ -223,12 +239,12 @@ class Recurrent:
         >>> lstm.unfreeze()
         """
         if self._packs is None:
-            self._packs = self._pack_all(FORWARD)
+            self._packs = {FORWARD: self._pack_all(FORWARD)}
             self._set_writeable(False)
 
     def unfreeze(self) -> None:
         """Makes the parameters writable again and drops the packs."""
-        self._packs = self._backward_packs = None
+        self._packs = None
         self._set_writeable(True)
 
     def _set_writeable(self, writeable: bool) -> None:
@@ -236,10 +252,18 @@ class Recurrent:
             array.flags.writeable = writeable
 
     def _pack(self, layer: int, kind: int) -> Any:
-        return _kernels.pack(self._cell.number, self._weights[layer], kind, config.threads)
+        weights = self._weights[layer]
+        return _kernels.pack(self._cell.number, weights, kind, config.threads, config.plan)
 
     def _pack_all(self, kind: int) -> list[Any]:
         return [self._pack(layer, kind) for layer in range(len(self._weights))]
+
+    def _kept(self, kind: int) -> list[Any] | None:
+        """The packs of a frozen module, those of a kind made when first asked for; else None."""
+        packs = self._packs  # read once: another thread may unfreeze
+        if packs is not None and kind not in packs:
+            packs[kind] = self._pack_all(kind)
+        return packs and packs[kind]
 
     # ------------------------------------------------------------------------------------ calls
 
@@ -267,7 +291,7 @@ class Recurrent:
     ) -> tuple[np.ndarray, Any, StackTape]:
         """As a plain call, with dropout between layers and a tape for `backward`.
 
-        The tape holds x itself, not a copy, unless one had to be made; neither x nor the
+        The tape holds a view of x, not a copy, unless one had to be made; neither x nor the
         parameters may be changed before `backward`.
 
         >>> lstm = LSTM(3, 5)
@@ -307,7 +331,8 @@ class Recurrent:
             y = result = np.empty((T, B, N), dtype)
         call = self._dropout_calls
         if L == 1:
-            packed = self._packs[0] if self._packs else self._pack(0, FORWARD)
+            packs = self._kept(FORWARD)
+            packed = packs[0] if packs else self._pack(0, FORWARD)
             ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, False, train)
             tapes = (ran,)
         else:
@@ -320,7 +345,7 @@ class Recurrent:
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
         self._dropout_calls = call + 1
-        return result, state_n, StackTape(tapes, (*self._dropout, call))
+        return result, state_n, StackTape(tapes, (*self._dropout, call), self._token)
 
     def _forward_layers(
         self, x: np.ndarray, h_0: np.ndarray | None, c_0: np.ndarray | None, y: np.ndarray,
@@ -329,7 +354,7 @@ class Recurrent:
         """Layer upon layer, from x to y, both [T, B, ...]; returns what each of them returned."""
         _, _, L, D = self._sizes
         p, seed = self._dropout
-        packs = self._packs
+        packs = self._kept(FORWARD)
         results = []
         for layer in range(L):
             packed = packs[layer] if packs else self._pack(layer, FORWARD)
@@ -342,7 +367,7 @@ class Recurrent:
             x = y_layer
             if train and p and layer < L - 1:
                 x = np.empty(y.shape, y.dtype)
-                _kernels.dropout(y_layer, x, p, seed, call, layer)
+                _kernels.dropout(y_layer, x, p, seed, call, layer, config.threads, config.plan)
         return tuple(results)
 
     def backward(
@@ -363,10 +388,9 @@ class Recurrent:
         ((7, 2, 3), (1, 2, 5), True)
         """
         need_dx = checks.boolean("need_dx", need_dx)
-        self._check_tape(tape)
+        layers, (p, seed, call) = self._own_tapes(tape)
         dtype, pair = self._dtype, self._pair
         I, H, L, D = self._sizes
-        layers = tape.layers
         batch_first, unbatched = layers[0].batch_first, layers[0].unbatched
         T, B, _ = layers[0].x.shape
         rows, N = L * D, D * H
@@ -385,10 +409,7 @@ class Recurrent:
         dx_result = new_sequence(T, B, I, dtype, batch_first, unbatched) if need_dx else None
         dh_0 = np.empty((rows, B, H), dtype)
         dc_0 = np.empty((rows, B, H), dtype) if pair else None
-        if self._packs is not None and self._backward_packs is None:
-            self._backward_packs = self._pack_all(BACKWARD)
-        packs = self._backward_packs
-        p, seed, call = tape._dropout
+        packs = self._kept(BACKWARD)
         for layer in reversed(range(L)):
             packed = packs[layer] if packs else self._pack(layer, BACKWARD)
             if layer:
@@ -401,7 +422,8 @@ class Recurrent:
             )
             if layer and p:  # the mask between this layer and the one below
                 dy = np.empty_like(dx)
-                _kernels.dropout(dx, dy, p, seed, call, layer - 1)
+                run = config.threads, config.plan
+                _kernels.dropout(dx, dy, p, seed, call, layer - 1, *run)
             else:
                 dy = dx
         if unbatched:
@@ -417,7 +439,8 @@ class Recurrent:
         fresh = aligned(self._flat.size, self._dtype)
         return fresh, self._by_layer(views_of(fresh, self._shapes))
 
-    def _check_tape(self, tape: StackTape) -> None:
+    def _own_tapes(self, tape: StackTape) -> tuple[list[Tape], tuple[float, int, int]]:
+        """The layers' tapes as backward may read them, see `own_tape`, and what made the masks."""
         if type(tape) is not StackTape:
             needs = "what forward_train returned as its tape"
             checks.fail(TypeError, "tape", checks.describe(tape), needs)
@@ -426,12 +449,15 @@ class Recurrent:
         if type(layers) is not tuple or len(layers) != L:
             got = f"one of {len(layers)} layers" if type(layers) is tuple else "an altered one"
             checks.fail(ValueError, "tape", got, f"one of {L}")
+        own = []
         for one in layers:
-            functional.check_tape(one, self._cell, (I, H, D), self._dtype)
-            if one.x.shape[:2] != layers[0].x.shape[:2]:
-                needs = "one as forward_train returned it"
-                checks.fail(ValueError, "tape", "an altered one", needs)
+            own.append(functional.own_tape(one, self._cell, (I, H, D), self._dtype))
             I = D * H
+        if len({one.x.shape[:2] for one in own}) > 1:
+            checks.fail(ValueError, "tape", "an altered one", "one as forward_train returned it")
+        if getattr(tape, "_owner", None) != self._token:
+            checks.fail(ValueError, "tape", "one of another module", "one of this module's own")
+        return own, tape._dropout
 
     # ------------------------------------------------------------------------- files and copies
 
@@ -460,11 +486,15 @@ class Recurrent:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._build(state["arguments"], fill=False)
-        self.flat, self.flat_grads = state["flat"], state["flat_grads"]
-        self.dropout_calls = checks.integer("dropout_calls", state["dropout_calls"], 0)
-        if state["frozen"]:
-            self.freeze()
+        try:
+            self._build(state["arguments"], fill=False)
+            self.flat, self.flat_grads = state["flat"], state["flat_grads"]
+            self.dropout_calls = state["dropout_calls"]
+            if state["frozen"]:
+                self.freeze()
+        except (KeyError, TypeError) as error:
+            got = f"what does not fit ({type(error).__name__}: {error})"
+            checks.fail(ValueError, "state", got, "what a module's __getstate__ returned")
 
     # --------------------------------------------------------------------------------- streams
 

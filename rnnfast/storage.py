@@ -102,10 +102,15 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _whole(path: str) -> bytes:
     # Without waiting: a pipe has no end, and may have no beginning.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            damaged(path, "something else than a regular file")
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "something else"
+            damaged(path, f"{kind} where a regular file belongs")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with os.fdopen(descriptor, "rb") as file:
         data = file.read(status.st_size)
     if len(data) != status.st_size:
         damaged(path, f"{len(data)} of its {status.st_size} bytes")

@@ -6,7 +6,7 @@ argument to `checks`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 class Stream:
     """A module run one step, or one block of steps, at a time; it owns its weights and states.
 
-    Results have the same bits as one call over the whole sequence. To be used by one thread at a
-    time. Made by a module's `stream`.
+    Results have the same bits as one call over the whole sequence. Made by a module's `stream`.
+
+    To be used by one thread at a time: while a call runs, every other one, of another thread or of
+    a signal handler, to any method or to `state`, is refused with a ValueError and changes nothing.
+    It cannot be copied or pickled.
 
     >>> from rnnfast import LSTM
     >>> lstm = LSTM(3, 5, seed=0)
@@ -47,7 +50,7 @@ class Stream:
         checks.room("batch_size", len(self._cell.states) * L * B * H, self._dtype.itemsize)
         self._rows, self._row = (B, H), (H,)
         self._states = tuple(np.zeros((L, B, H), self._dtype) for _ in self._cell.states)
-        packs = tuple(module._packs or module._pack_all(FORWARD))
+        packs = tuple(module._kept(FORWARD) or module._pack_all(FORWARD))
         h, c = self._states if "c" in self._cell.states else (self._states[0], None)
         self._stepper = stepper = _kernels.Stepper(packs, h, c, B, config.threads)
         self._step = stepper.step
@@ -75,7 +78,7 @@ class Stream:
         self._step(checks.contiguous(x_t), target)
         if target is not y_t:
             y_t[...] = target
-        return y_t
+        return y_t if out is None else out
 
     def process(self, block: Any, out: np.ndarray | None = None) -> np.ndarray:
         """A block of steps: [T, B, I] -> [T, B, H]; [T, I] -> [T, H] if batch_size is 1.
@@ -100,7 +103,7 @@ class Stream:
         self._stepper.process(x.reshape(T, B, I), target.reshape(T, B, H))
         if target is not y:
             y[...] = target
-        return y
+        return y if out is None else out
 
     def _checked(self, name: str, value: Any, steps: bool) -> tuple[np.ndarray, tuple[int, ...]]:
         """An input of one step, or of a block of steps, and the shape of its output."""
@@ -124,20 +127,29 @@ class Stream:
 
         Each [L, B, H]. Assigning takes the values of such arrays.
         """
-        copies = tuple(array.copy() for array in self._states)
+        with self._stepper:
+            copies = tuple([array.copy() for array in self._states])
         return copies if len(copies) == 2 else copies[0]
 
     @state.setter
     def state(self, value: Any) -> None:
         pair, sizes = len(self._states) == 2, self._states[0].shape
         checked = checks.states(checks.STEP_STATE, value, pair, self._dtype, sizes, False)
-        for own, given in zip(self._states, checked, strict=False):
-            own[...] = given
+        self._set(checked)
 
     def reset(self) -> None:
         """Sets the states to zero, as at the start."""
-        for array in self._states:
-            array[...] = 0
+        self._set((0, 0))
+
+    def _set(self, values: tuple) -> None:
+        with self._stepper:
+            for own, value in zip(self._states, values, strict=False):
+                own[...] = value
+
+    def __reduce__(self) -> NoReturn:
+        # Of a copy of any kind: two streams would share one place for their states.
+        needs = "another one: module.stream(...), its .state assigned"
+        checks.fail(TypeError, "stream", "a request for a copy or a pickle", needs)
 
     def __repr__(self) -> str:
         (B, I, H), L = self._sizes, len(self._states[0])

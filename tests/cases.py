@@ -284,7 +284,7 @@ def run_kernel(
         h_tape = new(D, T + 1, B, H)
         c_tape = new(D, T + 1, B, H) if "c" in cell.states else None
     h_0, c_0 = states_of(given.state)
-    pack = _kernels.pack(cell.number, given.weights, _kernels.FORWARD, threads)
+    pack = _kernels.pack(cell.number, given.weights, _kernels.FORWARD, threads, 0)
     ran = _kernels.forward(
         pack, x, y, h_0, c_0, h_n, c_n, given.lengths, gates, h_tape, c_tape,
         case.direction == "reverse", threads, number,
@@ -307,7 +307,7 @@ def run_kernel(
     weights = tuple(tuple(grads.get(f"{p}[{d}]") for p in PARAMETERS) for d in range(D))
     if all(array is None for one in weights for array in one):
         weights = None
-    pack = _kernels.pack(cell.number, given.weights, _kernels.BACKWARD, threads)
+    pack = _kernels.pack(cell.number, given.weights, _kernels.BACKWARD, threads, 0)
     ran_back = _kernels.backward(
         pack, x, given.lengths, gates, h_tape, c_tape, dy, dh_n, dc_n,
         grads["dx"], grads["dh_0"], grads.get("dc_0"), weights,

@@ -8,12 +8,14 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +194,26 @@ def test_a_frozen_module_keeps_its_weights_whatever_happens_to_old_views():
     assert bits(module(x)) != want
 
 
+def test_another_thread_may_unfreeze_while_backward_packs(monkeypatch):
+    """The packs that are made then serve that call, and none after the weights have changed."""
+    x = random(T, B, I)
+    frozen, plain = (rnnfast.GRU(I, H, 2, seed=1) for _ in range(2))
+    want = bits(training_step(plain, x))
+    frozen.freeze()
+    pack_all = frozen._pack_all
+
+    def as_the_other_thread_has_it(kind):
+        packs = pack_all(kind)
+        frozen.unfreeze()
+        return packs
+
+    monkeypatch.setattr(frozen, "_pack_all", as_the_other_thread_has_it)
+    assert bits(training_step(frozen, x)) == want
+    for module in (frozen, plain):
+        module.flat *= 2
+    assert bits(training_step(frozen, x)) == bits(training_step(plain, x))
+
+
 def test_copies_of_state_are_copies():
     module = rnnfast.LSTM(I, H, seed=1)
     state = module.state_dict()
@@ -242,6 +264,49 @@ def test_copies_go_their_own_way(cls, copied, frozen):
     twin.flat += 1
     assert bits(module(x)) == want
     assert bits(twin(x)) != want
+
+
+def test_a_tape_belongs_to_its_module():
+    """Another module of the same sizes would add wrong gradients to its own in silence."""
+    module, x = rnnfast.LSTM(I, H, 2, seed=1), random(T, B, I)
+    y, _, tape = module.forward_train(x)
+    dy = random(*y.shape)
+    want = bits(module.backward(tape, dy))
+    for copied in (copy.copy, copy.deepcopy, lambda tape: pickle.loads(pickle.dumps(tape))):
+        assert bits(module.backward(copied(tape), dy)) == want
+    for other in (rnnfast.LSTM(I, H, 2, seed=1), copy.deepcopy(module)):
+        before = bits(other.flat_grads)
+        with pytest.raises(ValueError, match="tape: got one of another module; needs"):
+            other.backward(tape, dy)
+        assert bits(other.flat_grads) == before
+
+
+def test_objects_that_were_never_filled_say_so():
+    assert repr(functional.Tape()) == "Tape()"
+    never, x = rnnfast.LSTM.__new__(rnnfast.LSTM), random(T, B, I)
+    _, _, tape = rnnfast.LSTM(I, H).forward_train(x)
+    for use in (
+        lambda: never(x), lambda: never.forward_train(x), lambda: never.backward(tape),
+        never.stream, never.freeze, never.zero_grad, never.state_dict, lambda: never.flat,
+        lambda: never.input_size, lambda: never.dropout_calls, lambda: copy.copy(never),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="module: got one that was never built; needs"):
+            use()
+    assert not hasattr(never, "something")
+    for junk in (None, 3, {}, {"x": 1}, {"arguments": None}, {"arguments": {"input_size": 3}}):
+        with pytest.raises((TypeError, ValueError), match="needs"):
+            rnnfast.GRU.__new__(rnnfast.GRU).__setstate__(junk)
+
+
+def test_a_module_is_built_once():
+    """Else a call under way would meet other sizes than it has checked."""
+    module = rnnfast.LSTM(I, H, seed=1)
+    want = bits(module(random(T, B, I)))
+    state = rnnfast.LSTM(I, 9 * H).__getstate__()
+    for again in (lambda: module.__init__(I, 9 * H), lambda: module.__setstate__(state)):
+        with pytest.raises(ValueError, match="LSTM: got a module that is built; needs"):
+            again()
+        assert bits(module(random(T, B, I))) == want
 
 
 def test_the_representation_makes_such_a_module():
@@ -383,7 +448,8 @@ def test_the_tape_says_what_it_holds():
     weights = random(3 * H, I), random(3 * H, H), None, None
     x = random(T, B, I)
     _, _, tape = functional.gru_forward(x, None, weights)
-    assert tape.x is x
+    assert np.shares_memory(tape.x, x)
+    assert bits(tape.x) == bits(x)
     assert tape.gates.shape == (1, T, B, len(CELLS["gru"].tape_gates), H)
     assert tape.h.shape == (1, T + 1, B, H)
     assert tape.c is None
@@ -460,6 +526,49 @@ def test_a_forked_child_computes_the_same():
             time.sleep(0.005)
         assert os.waitstatus_to_exitcode(status) == 0
         assert work(module, x) == want
+
+
+FORK_IN_A_HANDLER = """
+    import json, os, signal, sys
+    import numpy as np
+    import rnnfast
+
+    rnnfast.set_num_threads(2)
+    module = rnnfast.LSTM(256, 256, seed=1)
+    x = np.full((1500, 64, 256), 0.5, np.float32)
+    want = module(x)[0][:100].tobytes()
+    read, write = os.pipe()
+    pids = []
+
+    def handler(*_):
+        pids.append(os.fork())
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        y, outcome = module(x)[0], "a result"
+    except BaseException as error:
+        y, outcome = None, f"{type(error).__name__}: {error}"
+    if pids[0] == 0:
+        signal.alarm(60)  # a child that hangs is to end
+        works = module(x)[0][:100].tobytes() == want
+        os.write(write, json.dumps([outcome, works]).encode())
+        os._exit(0)
+    _, status = os.waitpid(pids[0], 0)
+    os.close(write)
+    child = json.loads(os.read(read, 10000) or b"null")
+    print(json.dumps([y is not None and y[:100].tobytes() == want, status, child]))
+"""
+
+
+def test_a_fork_in_a_signal_handler_during_a_call():
+    """The child has none of the call's other threads: that call fails there, and no later one."""
+    parent, status, child = in_child(FORK_IN_A_HANDLER)
+    assert parent, "the parent's result is another one"
+    assert status == 0
+    outcome, works = child
+    assert outcome.startswith("OSError: the process forked inside this call")
+    assert works
 
 
 def test_many_threads_at_once():
@@ -612,6 +721,40 @@ def test_the_hosts_settings_stay():
     assert in_child(HOST) == [True, True, True]
 
 
+HANDLER_MODE = """
+    import json, signal
+    import numpy as np
+    import rnnfast
+
+    rnnfast.set_num_threads({threads})
+    module = rnnfast.LSTM(512, 512, seed=1)
+    x = np.full((600, 8, 512), 0.5, np.float32)
+    least, small, least_32 = [5e-324], [2.3e-308], np.array([1e-45], np.float32)
+    calling, seen = False, []
+
+    def handler(*_):
+        if calling:
+            live = least[0] * 1.0 != 0, small[0] / 2 != 0, bool((least_32 * np.float32(1) != 0)[0])
+            seen.append(all(live))
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    while len(seen) < 10:
+        calling = True
+        _, _, tape = module.forward_train(x)
+        module.backward(tape, x)
+        calling = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(json.dumps(all(seen)))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_signal_handler_during_a_call_sees_the_hosts_floating_point_mode(threads):
+    """Kernels flush denormals; Python code that runs in the midst of one must not."""
+    assert in_child(HANDLER_MODE.format(threads=threads))
+
+
 IMPORT = """
     import json, sys, time
     import numpy
@@ -621,6 +764,32 @@ IMPORT = """
     took = time.perf_counter() - start
     print(json.dumps([took, sorted(set(sys.modules) - before)]))
 """
+
+
+WITHOUT_COMPILED = """
+    import json, sys
+    import numpy
+    # Without the finder of an editable install, which would find the module of its own tree.
+    sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__module__", "").startswith("_f")
+                        or "importlib" in getattr(f, "__module__", "")]
+    sys.path.insert(0, {folder!r})
+    try:
+        import rnnfast
+        print(json.dumps("imported"))
+    except ImportError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_a_tree_that_was_not_built_says_so(tmp_path):
+    sources = Path(rnnfast.__file__).parent
+    (tmp_path / "rnnfast").mkdir()
+    for source in sources.glob("*.py"):
+        shutil.copy(source, tmp_path / "rnnfast")
+    message = in_child(WITHOUT_COMPILED.format(folder=str(tmp_path)))
+    assert "compiled module is missing in" in message
+    assert str(tmp_path) in message
+    assert "pip install -e ." in message
 
 
 def test_importing_is_quick():

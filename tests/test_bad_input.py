@@ -119,6 +119,17 @@ class Changes:
         return self.array if self.calls == 1 else self.array.reshape(-1)[:1]
 
 
+class Disturbs:
+    """Its `__array__` gives a right array, and does something to other objects before."""
+
+    def __init__(self, array, act):
+        self.array, self.act = array, act
+
+    def __array__(self, dtype=None, copy=None):
+        self.act()
+        return self.array
+
+
 class Address:
     """A bare address, as `__array_interface__` gives it: nobody can check that."""
 
@@ -351,6 +362,60 @@ def array_cases(target):
             yield case(f"zero stride along axis {axis}", zero_stride(target, name, array, axis))
         for label, value in SPECIAL.items():
             yield case(label, special(target, name, array, value))
+
+
+def reshape(shape_of):
+    def act(array):
+        array.shape = shape_of(array.shape)
+
+    return act
+
+
+def as_bytes(array):
+    array.dtype = np.uint8
+
+
+# What the code of one argument may do to the array of another.
+ACTS = {
+    "flat": reshape(lambda shape: (-1,)),
+    "a rank more": reshape(lambda shape: (1, *shape)),
+    "reversed": reshape(lambda shape: shape[::-1]),
+    "first axes as one": reshape(lambda shape: (-1, *shape[2:])),
+    "one row": reshape(lambda shape: (1, -1)),
+    "one column": reshape(lambda shape: (-1, 1, 1)),
+    "bytes": as_bytes,
+}
+
+
+def disturbed_cases(target):
+    """Each argument's `__array__` reshapes each other one: seen before it, or after, or refused."""
+
+    def fresh():
+        return {name: array.copy() for name, array in target.arrays.items()}
+
+    def run(name, other, act):
+        allowed = [bits(target.call(fresh()))]
+        arrays = fresh()
+        act(arrays[other])
+        try:
+            allowed.append(bits(target.call(arrays)))
+        except ALLOWED:
+            pass
+        arrays = fresh()
+        arrays[name] = Disturbs(arrays[name], partial(act, arrays[other]))
+        try:
+            got = bits(target.call(arrays))
+        except (TypeError, ValueError) as error:
+            assert "needs" in str(error), error
+        else:
+            assert got in allowed, "neither the result with the old shape nor with the new one"
+
+    for name in target.arrays:
+        for other in target.arrays:
+            if other != name:
+                for label, act in ACTS.items():
+                    label = f"{target.name} / {name} / makes {other} {label}"
+                    yield Case(label, partial(run, name, other, act))
 
 
 def resized(axis, size):
@@ -650,6 +715,24 @@ def lengths_cases():
         **{np.dtype(code).name: right.astype(code) for code in "bBhHiIlLqQ"},
     }
 
+    class Clears(int):
+        """Its conversion to an integer empties the list that it is in."""
+
+        def __int__(self):
+            lengths.clear()
+            return 3
+
+        __index__ = __int__
+
+    lengths = [Clears(3), 0, T]
+    good["list that its entry clears"] = lengths
+    bad["huge range"] = range(2**70)
+    bad["range of too few"] = range(B - 1)
+
+    def takes_a_range(module):
+        want = bits(module(x, lengths=[1, 2, 3])[:1])
+        assert bits(module(x, lengths=range(1, 4))[:1]) == want
+
     def works(method, value):
         got, want = method(x, lengths=value), method(x, lengths=right.copy())
         assert bits(got[:1]) == bits(want[:1])
@@ -687,6 +770,7 @@ def lengths_cases():
         label = f"{cls.__name__} / lengths"
         yield Case(f"{label} / changed by another thread", partial(changed_meanwhile, module))
         yield refusal(f"{label} / unbatched x", "lengths", module, x[:, 0], lengths=[2])
+        yield Case(f"{label} / range", partial(takes_a_range, module))
 
 
 NUMBERS: dict[str, Any] = {
@@ -840,10 +924,22 @@ def state_cases():
         "of another model": np.zeros((1, B, H + 1), F32),
         "without layers": np.zeros((B, H), F32),
     }
+
+    def emptied(module, tape):
+        """A pair may be a list, which the code of its first array may clear."""
+        for run in (partial(module, x), partial(module.backward, tape, None)):
+            want = run([h, h])
+            both = [h, h]
+            both[0] = Disturbs(h, both.clear)
+            got = run(both)
+            assert bits([got[0], *got[1]]) == bits([want[0], *want[1]])
+
     for cls in CLASSES:
         module = cls(I, H)
         _, _, tape = module.forward_train(x)
         name, lstm = cls.__name__, cls is rnnfast.LSTM
+        if lstm:
+            yield Case(f"{name} / state / emptied by its entry", partial(emptied, module, tape))
         for label, state in {
             **(pair if lstm else one),
             **{k: (v, v) if lstm else v for k, v in other.items()},
@@ -907,6 +1003,24 @@ def weights_cases():
         raise AssertionError("was not refused")
 
     yield Case("functional.lstm_forward / weights / an empty pack", empty_pack)
+
+    def cleared(make):
+        """An entry empties the lists that it came in."""
+        want = functional.lstm_forward(x, None, make(), train=False)
+        for place in range(4):
+            lists = make()
+            inner = lists[0] if type(lists[0]) is list else lists
+            clear = lambda lists=lists, inner=inner: (inner.clear(), lists.clear())  # noqa: E731
+            inner[place] = Disturbs(inner[place], clear)
+            got = functional.lstm_forward(x, None, lists, train=False)
+            assert bits([got[0], *got[1]]) == bits([want[0], *want[1]])
+
+    for label, make in {
+        "list": lambda: list(good),
+        "lists of two directions": lambda: [list(good), list(good)],
+    }.items():
+        label = f"functional.lstm_forward / weights / {label} that an entry clears"
+        yield Case(label, partial(cleared, make))
     label = "functional.lstm_forward / reverse / two directions"
     pair = good, good
     yield refusal(label, "reverse", functional.lstm_forward, x, None, pair, reverse=True)
@@ -947,6 +1061,51 @@ SPOILT_FIELDS = {
     "batch_first": ("no", 1),
     "unbatched": (True, None),
 }  # fmt: skip
+
+
+def layer_of(tape):
+    return tape if type(tape) is functional.Tape else tape.layers[0]
+
+
+def put_field(field, change, tape):
+    layer = layer_of(tape)
+    setattr(layer, field, change(getattr(layer, field)))
+
+
+def put_lengths(tape):
+    layer_of(tape).lengths[:] = 10**7
+
+
+def tiny_arrays(tape):
+    """As if a smaller call had made the tape, each array for itself still right."""
+    layer = layer_of(tape)
+    layer.x = np.zeros((10**6, 1, I), F32)
+    layer.h = layer.c = np.zeros((1, 1, 1, H), F32)
+    layer.gates = np.zeros((1, 1, 1, 4, H), F32)
+
+
+def drop_layers(tape):
+    if type(tape) is not functional.Tape:
+        tape.layers = ()
+
+
+TAPE_ACTS = {
+    "puts 10**7 in tape.lengths": put_lengths,
+    "puts small arrays in the tape": tiny_arrays,
+    "empties tape.layers": drop_layers,
+    **{
+        f"makes tape.{field} {label}": partial(put_field, field, change)
+        for field in ("x", "h", "c", "gates")
+        for label, change in SPOILT_ARRAYS.items()
+    },
+    **{
+        f"reshapes tape.{field}: {label}": lambda tape, field=field, act=act: act(
+            getattr(layer_of(tape), field)
+        )
+        for field in ("x", "h", "c", "gates", "lengths")
+        for label, act in ACTS.items()
+    },
+}
 
 
 def tape_cases():
@@ -1014,6 +1173,59 @@ def tape_cases():
         dx, _ = module.backward(tape, dy)
         assert np.isfinite(dx).all()
 
+    def disturbed(backward, train, argument, act):
+        """The code of `dy` or `dstate` alters the tape, which was checked before or is after."""
+        given = {"dy": dy, "dh": np.ones((1, B, H), F32), "dc": np.ones((1, B, H), F32)}
+
+        def run(tape, given):
+            return bits(backward(tape, given["dy"], [given["dh"], given["dc"]]))
+
+        want = run(train(), given)
+        tape = train()
+        given[argument] = Disturbs(given[argument], partial(act, tape))
+        try:
+            got = run(tape, given)
+        except (TypeError, ValueError) as error:
+            assert "tape" in str(error), error
+        else:
+            assert got == want
+
+    W, R = np.full((4 * H, I), 0.1, F32), np.full((4 * H, H), 0.1, F32)
+
+    def module_backward(tape, dy, dstate):
+        lstm.zero_grad()
+        dx, dstate = lstm.backward(tape, dy, dstate)
+        return [dx, *dstate, lstm.flat_grads.copy()]
+
+    def functional_backward(tape, dy, dstate):
+        grads = functional.lstm_backward(tape, (W, R, None, None), dy, dstate)
+        return [grads.x, *grads.state, *grads.weights[:2]]
+
+    trained = [T, 2, 0]
+    ways = {
+        "LSTM.backward": (
+            module_backward, lambda: lstm.forward_train(x.copy(), lengths=trained)[2],
+        ),
+        "functional.lstm_backward": (
+            functional_backward,
+            lambda: functional.lstm_forward(
+                x.copy(), None, (W, R, None, None), lengths=trained
+            )[2],
+        ),
+    }  # fmt: skip
+    for way, (backward, train) in ways.items():
+        for argument in ("dy", "dh", "dc"):
+            for label, act in TAPE_ACTS.items():
+                label = f"{way} / {argument} / {label}"
+                yield Case(label, partial(disturbed, backward, train, argument, act))
+
+    def of_another_module():
+        """Its sizes are the same, so that only its owner tells."""
+        other = rnnfast.LSTM(I, H, seed=2)
+        refused(partial(other.backward, good, dy), "tape")
+        assert not other.flat_grads.any()
+
+    yield Case("LSTM.backward / tape / of another such module", of_another_module)
     yield Case("LSTM.backward / twice", twice)
     yield Case("LSTM.backward / after the weights changed", after_the_weights_changed)
 
@@ -1089,9 +1301,26 @@ def output_cases():
             assert method(given, out) is out
             assert bits([want]) == bits([out])
 
+    def reshaped_by_the_input(stream, method, given, act):
+        stream.reset()
+        want = bits([method(given)])
+        stream.reset()
+        out = np.full(given.shape, np.nan, F32)
+        keep = out[...]
+        try:
+            method(Disturbs(given, partial(act, out)), out)
+        except (TypeError, ValueError) as error:
+            assert "out:" in str(error), error
+        else:
+            assert bits([keep]) == want
+
     for cls in CLASSES:
         stream = cls(I, I, seed=1).stream(B)
         name = f"{cls.__name__}.stream"
+        for method, given in ((stream.step, x), (stream.process, block)):
+            for label, act in ACTS.items():
+                run = partial(reshaped_by_the_input, stream, method, given, act)
+                yield Case(f"{name}.{method.__name__} / input / makes out {label}", run)
         for label, (given, out) in steps.items():
             run = partial(keeps_the_state, stream, stream.step, given, out)
             yield Case(f"{name}.step / out / {label}", run)
@@ -1208,6 +1437,7 @@ def table():
     )  # fmt: skip
     for target in targets:
         yield from array_cases(target)
+        yield from disturbed_cases(target)
     for make in (
         lengths_cases, constructor_cases, setting_cases, state_cases, weights_cases, tape_cases,
         output_cases, giant_cases, entry_cases,

@@ -167,7 +167,7 @@ def test_strides(cell, dtype):
     out = np.full((10, 8, D * H + 2), -7.0, dtype)
     x, y = wide[::2, ::2, :6], out[::2, ::2, 1 : 1 + D * H]
     h_n, c_n = np.empty((2, D, 4, H), dtype)
-    pack = _kernels.pack(CELLS[cell].number, given.weights, _kernels.FORWARD, 1)
+    pack = _kernels.pack(CELLS[cell].number, given.weights, _kernels.FORWARD, 1, 0)
     has_c = "c" in case.states
     h_0, c_0 = (*given.state, None)[:2]
     _kernels.forward(
@@ -319,8 +319,8 @@ gates = np.ones((1, T, B, 4, H), "f4")
 h, c = np.ones((2, 1, T + 1, B, H), "f4")
 state = np.ones((2, 1, B, H), "f4")
 grads = tuple(np.ones(w.shape, "f4") for w in weights)
-forward = _kernels.pack(cell.number, (weights,), _kernels.FORWARD, threads)
-backward = _kernels.pack(cell.number, (weights,), _kernels.BACKWARD, threads)
+forward = _kernels.pack(cell.number, (weights,), _kernels.FORWARD, threads, 0)
+backward = _kernels.pack(cell.number, (weights,), _kernels.BACKWARD, threads, 0)
 
 def run(T):
     part = gates[:, :T], h[:, : T + 1], c[:, : T + 1]
@@ -547,7 +547,7 @@ def test_dropout_kernel(isa, dtype, use_isa):
         x = rng.standard_normal((T, B, N)).astype(dtype)
         for p, *key in [(0.25, 0, 0, 0), (0.5, 2**63 - 1, 12, 3), (0.0, 1, 1, 1), (1.0, 0, 0, 0)]:
             out = np.full_like(x, np.nan)
-            _kernels.dropout(x, out, p, *key)
+            _kernels.dropout(x, out, p, *key, 1 + len(out), 0)
             mask = reference.dropout_mask(*key, T, B, N, p)
             context = f"T={T} B={B} N={N} p={p} (seed, call, layer)={key} isa={isa}"
             np.testing.assert_array_equal(out != 0, mask & (x != 0), context)

@@ -3,10 +3,13 @@
 Knows the public API. Bad input to streams is in test_bad_input.
 """
 
+import copy
+import pickle
 import tracemalloc
 
 import numpy as np
 import pytest
+from test_api import in_child
 
 import rnnfast
 
@@ -172,3 +175,119 @@ def test_after_an_error_the_states_are_as_before():
         with pytest.raises((TypeError, ValueError)):
             call()
     assert [a.tobytes() for a in stream.state] == before
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda f: f.__name__
+)
+def test_a_stream_cannot_be_copied(copied):
+    """Two streams would share one place for their states."""
+    stream = rnnfast.LSTM(I, H).stream()
+    with pytest.raises(TypeError, match=r"stream: got .* copy .* needs"):
+        copied(stream)
+
+
+# ------------------------------------------------------------------------------- used twice at once
+
+MANY_THREADS = """
+    import json, sys, threading, time
+    import numpy as np
+    import rnnfast
+
+    sys.setswitchinterval(1e-5)
+    module = rnnfast.LSTM(64, 64, 2, seed=1)
+    x = np.random.default_rng(2).normal(size=(64, 64)).astype(np.float32)
+    STEPS = 300
+    reference = module.stream(64)
+    states, ys = [bytes(2 * 2 * 64 * 64 * 4)], []
+    for _ in range(STEPS + 4):
+        ys.append(reference.step(x).tobytes())
+        states.append(b"".join(a.tobytes() for a in reference.state))
+    stream = module.stream(64)
+    done, seen, refused, wrong = [], [], [], []
+
+    def use(work, results):
+        while len(done) < STEPS and len(refused) < 10**6:
+            try:
+                results.append(work())
+            except ValueError as error:
+                refused.append(1)
+                if "in use by another call" not in str(error):
+                    wrong.append(str(error))
+
+    def step():
+        given = x.copy()  # its memory is free for others after the call
+        return stream.step(given).tobytes()
+
+    def process():
+        return stream.process(x.copy()[None]).tobytes()
+
+    def look():
+        return b"".join(a.tobytes() for a in stream.state)
+
+    threads = [
+        threading.Thread(target=use, args=args)
+        for args in ((step, done), (step, done), (process, done), (look, seen))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    right = sorted(done) == sorted(ys[: len(done)]) and set(seen) <= set(states)
+    print(json.dumps([right, wrong[:3], len(done) >= STEPS, len(refused) > 0]))
+"""
+
+
+def test_threads_that_share_a_stream_get_right_results_or_an_error():
+    """Every call that is not refused is one whole step; no state is seen half written."""
+    assert in_child(MANY_THREADS) == [True, [], True, True]
+
+
+DURING_A_CALL = """
+    import json, signal, threading, time
+    import numpy as np
+    import rnnfast
+
+    rnnfast.set_num_threads({threads})
+    module = rnnfast.LSTM(256, 256, 2, seed=1)
+    x = np.random.default_rng(2).normal(size=(1000, 16, 256)).astype(np.float32)
+    start = time.monotonic()
+    want = module.stream(16).process(x).tobytes()
+    took = time.monotonic() - start
+    stream = module.stream(16)
+    outcomes = []
+
+    uses = (
+        lambda: stream.step(np.ones((16, 256), np.float32)),
+        lambda: stream.process(np.ones((2, 16, 256), np.float32)),
+        lambda: stream.state,
+        lambda: setattr(stream, "state", (np.ones((2, 16, 256), np.float32),) * 2),
+        stream.reset,
+    )
+
+    def use(*_):
+        for call in uses:
+            try:
+                call()
+                outcomes.append("done")
+            except ValueError as error:
+                outcomes.append(str(error))
+
+    if {handler}:
+        signal.signal(signal.SIGALRM, use)
+        signal.setitimer(signal.ITIMER_REAL, took / 3)
+    else:
+        threading.Timer(took / 3, use).start()
+    same = stream.process(x).tobytes() == want
+    print(json.dumps([same, outcomes]))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("who", ["thread", "signal handler"])
+def test_during_a_call_every_other_use_is_refused(who, threads):
+    program = DURING_A_CALL.format(handler=who == "signal handler", threads=threads)
+    same, outcomes = in_child(program)
+    assert len(outcomes) == 5
+    assert all("stream: in use by another call" in outcome for outcome in outcomes), outcomes
+    assert same, "a refused use changed the result"

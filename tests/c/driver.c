@@ -525,7 +525,8 @@ static const void *run_pack(run_buffers *run, const problem *p, const rf_kernels
         zero_or_in(run, "bias_hh", p->param[B_HH] + d * rows, rows, zeros_as_null),
     };
     buffer *b = allocate(run, "pack", k->pack_size(s, kind), 1);
-    k->pack(s, kind, &weights, b->data, 3);
+    rf_run pack_run = {.threads = 3};
+    k->pack(s, kind, &weights, b->data, &pack_run);
     protect(b);
     return b->data;
 }
@@ -915,7 +916,8 @@ static void check_poll(void) {
             if (posix_memalign(&pack[kind], ALIGN, (size_t)k->pack_size(&s, (rf_pack_kind)kind)) ||
                 posix_memalign(&workspace[kind], ALIGN, (size_t)bytes[kind]))
                 must(NULL);
-            k->pack(&s, (rf_pack_kind)kind, &w, pack[kind], 1);
+            rf_run pack_run = {.threads = 1};
+            k->pack(&s, (rf_pack_kind)kind, &w, pack[kind], &pack_run);
         }
         poller p = {.caller = pthread_self()};
         const rf_run run = {
@@ -1013,8 +1015,9 @@ static void check_dropout(const rf_kernels *k) {
     for (int i = 0; i < 3; i++) {
         const double rate = 0.25 * i;
         run_buffers run = {.where = k->isa, .element = k->element, .odd = i & 1};
+        rf_run dropout_run = {.threads = 1 + i};
         rf_seq in = seq_in(&run, "in", &p, i, N, x), out = seq_out(&run, "out", &p, 2 - i, N);
-        k->dropout(T, B, N, in, out, rate, 12345);
+        k->dropout(T, B, N, in, out, rate, 12345, &dropout_run);
         double *y = seq_result(&run, &p, &out, N), dropped = 0;
         for (ptrdiff_t j = 0; j < T * B * N; j++) {
             if (y[j] == 0 && x[j] != 0)
