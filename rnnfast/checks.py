@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -116,6 +117,20 @@ def fraction(name: str, value: Any) -> float:
     if not 0 <= value <= 1:  # a NaN is not
         fail(ValueError, name, describe(value), "a number in [0, 1]")
     return float(value)
+
+
+def dropout_acts(dropout: float, layers: int, stacklevel: int) -> None:
+    """Warns where dropout has no two layers to act between; `stacklevel` as of the caller.
+
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     dropout_acts(0.5, 2, 1)
+    >>> caught
+    []
+    """
+    if dropout and layers == 1:
+        needs = "num_layers of at least 2: it acts between layers, so nothing will be dropped"
+        text = f"dropout: got {dropout} with num_layers=1; needs {needs}"
+        warnings.warn(text, UserWarning, stacklevel + 1)
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -243,13 +258,17 @@ def as_array(name: str, value: Any, dtype: np.dtype, *, detach: bool = False) ->
     """
     value = value[...] if type(value) is ndarray else raw_array(name, value, dtype, detach)
     if value.dtype is not dtype and value.dtype != dtype:
-        needs = f"{dtype.name}: .astype(np.{dtype.name}) converts"
+        needs = f"{dtype.name} numbers"
+        if value.dtype.kind in "biuf":  # of others, objects may be no numbers, complex ones lose
+            needs = f"{dtype.name}: .astype(np.{dtype.name}) converts"
         fail(TypeError, name, describe(value), needs)
     return value
 
 
-def raw_array(name: str, value: Any, dtype: np.dtype, detach: bool) -> ndarray:
-    """`as_array` before its look at the dtype, which is here for the message only."""
+def raw_array(
+    name: str, value: Any, dtype: np.dtype, detach: bool, needs: str | None = None
+) -> ndarray:
+    """`as_array` before its look at the dtype, which is here for the message only, as `needs`."""
     if type(value) is ndarray:
         return value[...]
     masked = sys.modules.get("numpy.ma")
@@ -268,14 +287,14 @@ def raw_array(name: str, value: Any, dtype: np.dtype, detach: bool) -> ndarray:
     except Exception as error:
         raise TypeError(
             f"{name}: got {kind.__name__}, which could not be read as an array "
-            f"({type(error).__name__}: {error}); needs an array of {dtype.name}"
+            f"({type(error).__name__}: {error}); needs {needs or f'an array of {dtype.name}'}"
         ) from error
     if wants_grad and not detach:
         fail(TypeError, name, f"{kind.__name__} that requires grad", "its .detach()")
     if not isinstance(result, ndarray):
-        needs = f"an array: np.asarray(..., dtype=np.{dtype.name}) makes one of numbers"
-        fail(TypeError, name, describe(value), needs)
-    return raw_array(name, result, dtype, detach)
+        makes = f"an array: np.asarray(..., dtype=np.{dtype.name}) makes one of numbers"
+        fail(TypeError, name, describe(value), needs or makes)
+    return raw_array(name, result, dtype, detach, needs)
 
 
 def _convert(value: Any) -> Any:
@@ -351,14 +370,20 @@ def sequence(
     >>> x.shape, unbatched
     ((5, 1, 3), True)
     """
-    array = value[...] if type(value) is ndarray else as_array(name, value, dtype)
+    if type(value) is ndarray:
+        array = value[...]
+    elif type(value).__name__ == "PackedSequence":  # PyTorch's, which need not be installed
+        needs = "the padded array, with its lengths as lengths="
+        fail(TypeError, name, "a PackedSequence", needs)
+    else:
+        array = as_array(name, value, dtype)
     if array.dtype is not dtype:
         array = as_array(name, array, dtype)
     shape = array.shape
     rank = len(shape)
     if not 2 <= rank <= 3:
         letters = "B, T, I" if batch_first else "T, B, I"
-        fail(ValueError, name, f"{rank} dimensions", f"3: [{letters}], or 2: [T, I]")
+        fail(ValueError, name, f"shape {shape}", f"3 dimensions, [{letters}], or 2, [T, I]")
     if shape[-1] != features:
         got = f"shape {shape}, whose last size is {shape[-1]}"
         fail(ValueError, name, got, f"a last size of {features} (the layer's input_size)")
@@ -450,7 +475,7 @@ def lengths(name: str, value: Any, T: int, B: int, unbatched: bool) -> ndarray:
     >>> lengths("lengths", [3, 0], 3, 2, False)
     array([3, 0])
     """
-    needs = f"{B} integers in 0..{T}"
+    needs = f"{B} integer{'s' * (B != 1)} in 0..{T}"
     if unbatched:
         fail(ValueError, name, describe(value), "None, as x is unbatched: cut x instead")
     if type(value) in (list, tuple, range):
@@ -459,7 +484,7 @@ def lengths(name: str, value: Any, T: int, B: int, unbatched: bool) -> ndarray:
             count = str(len(value)) if len(value) < B else f"more than {B}"
             fail(ValueError, name, f"{count} values", needs)
         return np.array([integer(f"{name}[{b}]", n, 0, T) for b, n in enumerate(value)], INTP)
-    value = raw_array(name, value, INTP, False)
+    value = raw_array(name, value, INTP, False, needs)
     if value.dtype.kind not in "iu":
         fail(TypeError, name, describe(value), needs)
     if value.shape != (B,):
@@ -582,8 +607,43 @@ def entries(
     lists = (("missing", missing), ("unused", unused), ("mis-shaped", wrong))
     if missing or unused or wrong:
         got = "; ".join(f"{word}: {_some(items)}" for word, items in lists if items)
-        fail(ValueError, name, f"entries that do not fit: {got}", f"exactly: {_some(shapes)}")
+        needs = f"exactly: {_some(shapes)}{_prefix(given, shapes) or _other_sizes(arrays, shapes)}"
+        fail(ValueError, name, f"entries that do not fit: {got}", needs)
     return arrays
+
+
+def _prefix(given: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A hint at the one prefix, as of a larger model's part, with which all names are there."""
+    names = {key for key in given if type(key) is str}
+    first = next(iter(shapes))
+    for prefix in sorted(key.removesuffix(first) for key in names if key.endswith(first)):
+        if prefix and all(prefix + key in names for key in shapes):
+            shown = describe(prefix)
+            if all(key.startswith(prefix) for key in names):
+                return f" (all names start with {shown}; strip it)"
+            return f" (names that start with {shown} are there; take these alone and strip it)"
+    return ""
+
+
+CELL_OF_GATES = {1: ": of an RNN?", 3: ": of a GRU?", 4: ": of an LSTM?"}
+
+
+def _other_sizes(arrays: Mapping[str, ndarray], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A hint at the other cell or sizes of which a module's parameters are."""
+    if not {"weight_ih_l0", "weight_hh_l0"} <= arrays.keys() & shapes.keys():
+        return ""
+    W, R = arrays["weight_ih_l0"].shape, arrays["weight_hh_l0"].shape
+    rows, H = shapes["weight_hh_l0"]
+    fits_one = len(W) == len(R) == 2 and R[1] > 0 and R[0] % R[1] == 0
+    if not fits_one or any(array.shape[:1] != R[:1] for array in arrays.values()):
+        return ""
+    gates, needed = R[0] // R[1], rows // H
+    if gates != needed:
+        cell = CELL_OF_GATES.get(gates, "")
+        return f" (these have {gates} gate{'s' * (gates != 1)} instead of {needed}{cell})"
+    pairs = ("input_size", W[1], shapes["weight_ih_l0"][1]), ("hidden_size", R[1], H)
+    others = [f"{name} {got}" for name, got, own in pairs if got != own]
+    return f" (these fit {', '.join(others)})" if others else ""
 
 
 def _some(items: Iterable[str]) -> str:

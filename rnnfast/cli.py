@@ -1,8 +1,8 @@
 """The command line: rnnfast train | sample | info.
 
 Knows options, terminals, signals and exit codes. Leaves training to `rnnfast.learn`. Whatever a
-user can get wrong ends in one line on stderr and exit code 2; Ctrl-C leaves a checkpoint and ends
-in 130.
+user can get wrong ends in one line on stderr and exit code 2; Ctrl-C, SIGTERM and SIGHUP leave a
+checkpoint and end in 128 + the signal's number (Ctrl-C: 130).
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +30,7 @@ from .learn import (
     LanguageModel,
     Settings,
     Trainer,
+    Vocabulary,
     one_blas_thread,
     perplexity,
     read_settings,
@@ -37,7 +41,7 @@ from .learn.batches import SAMPLINGS
 from .learn.language_model import CELLS
 from .learn.optimizers import OPTIMIZERS
 from .learn.vocabulary import UNITS
-from .storage import DamagedFileError
+from .storage import DamagedFileError, read
 
 CHECKPOINT = "checkpoint.npz"
 LOG = "log.jsonl"
@@ -49,23 +53,33 @@ PLAIN_LINE_EVERY = 5.0  # seconds
 CHECKS = 10  # looks at a part of the held-out text, spread over the run
 CHECK_TOKENS = 65_536
 SAMPLE_LENGTH = 400
+NAMED_AT_MOST = 10  # tokens in a message
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 (failed), 2 (cannot be done), 130 (Ctrl-C).
+    """Runs one command; returns its exit code.
+
+    That is 0, 1 (failed), 2 (cannot be done), or 128 + the number of the signal that ended it.
 
     >>> main(["sample", "no-such-folder"])
     2
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if "command" not in args:
+        parser.print_help(sys.stderr)
+        return 2
     with contextlib.suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
     try:
         with one_blas_thread():
-            return args.command(args)
+            code = args.command(args)
+            sys.stdout.flush()  # here, where a reader that has gone is expected
+            return code
     except BrokenPipeError:
         # Whoever read our output has gone, as in `rnnfast sample run | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (DataError, DamagedFileError) as error:
         return _complain(str(error), 2)
@@ -73,16 +87,44 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         return _complain(f"{where}{error.strerror or error}", 2)
     except FloatingPointError as error:
-        return _complain(f"{error}; try a lower --lr", 1)
+        return _complain(f"{error}; try a smaller --lr", 2)
     except MemoryError:
         return _complain("not enough memory; try a smaller --hidden or --batch", 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _complain("interrupted", 128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"rnnfast: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        print(f"rnnfast: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _drop_output() -> None:
+    """From now on nothing is shown: nobody is there to read it, and writing would only fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _program() -> str:
+    """What to type at a prompt, in the current folder, to start this program once more."""
+    called = sys.argv[0]
+    if os.path.realpath(called) == os.path.realpath(Path(__file__).with_name("__main__.py")):
+        return f"{_typed(sys.orig_argv[0])} -m rnnfast"
+    # Else `main` was called from within another program.
+    return _typed(called) if os.path.basename(called) == "rnnfast" else "rnnfast"
+
+
+def _typed(program: str) -> str:
+    """A program as it is typed: by its name if that finds it, else by the shortest path to it."""
+    name = os.path.basename(program)
+    if program == name or shutil.which(name) == os.path.abspath(program):
+        return shlex.quote(name)
+    relative = os.path.relpath(program)
+    if os.sep not in relative:
+        relative = os.path.join(os.curdir, relative)
+    return shlex.quote(min(program, relative, key=len))
 
 
 # ------------------------------------------------------------------------------------- options
@@ -91,7 +133,7 @@ def _complain(message: str, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rnnfast", description="Fast recurrent networks on CPUs.")
     parser.add_argument("--version", action="version", version=f"rnnfast {rnnfast.__version__}")
-    commands = parser.add_subparsers(metavar="command", required=True)
+    commands = parser.add_subparsers(metavar="command")
     _add_train(commands)
     _add_sample(commands)
     info = commands.add_parser("info", help="show the version, the CPU's kernels and the threads")
@@ -141,7 +183,7 @@ def _add_train(commands) -> None:
     add("--optimizer", choices=OPTIMIZERS, help=f"kind of step (default: {usual.optimizer})")
     rates = ", ".join(f"{rate} for {name}" for name, rate in LEARNING_RATES.items())
     add("--lr", type=_positive_number, help=f"highest learning rate (default: {rates})")
-    add("--momentum", type=_share, help=f"of sgd (default: {usual.momentum})")
+    add("--momentum", type=_share, help=f"of sgd alone (default: {usual.momentum})")
     add(
         "--clip",
         type=_positive_number,
@@ -160,7 +202,12 @@ def _add_train(commands) -> None:
     add(
         "--out", metavar="DIR", default=DEFAULT_OUT, help="folder of the run (default: %(default)s)"
     )
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out from its checkpoint, which is written every "
+        f"{SAVE_EVERY:g} seconds, at the end, and when Ctrl-C, SIGTERM or SIGHUP stops the run",
+    )
 
 
 def _add_sample(commands) -> None:
@@ -221,41 +268,34 @@ def _train(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.threads is not None:
         rnnfast.set_num_threads(args.threads)
-    trainer, corpus = _resumed(args, out) if args.resume else _started(args, out)
-    _introduce(trainer, corpus, out)
-    # Before the first step, so that a folder that cannot be written is known before time is spent.
-    trainer.save(out / CHECKPOINT)
-    _log(
-        out,
-        {
-            "settings": dataclasses.asdict(trainer.settings),
-            "manifest": trainer.manifest,
-            "step": trainer.step,
-            "rnnfast": rnnfast.__version__,
-        },
-    )
-
-    began = time.monotonic()
-    if _run(trainer, out):
-        return _complain(
-            f"interrupted; go on from step {trainer.step} with: "
-            f"rnnfast train --resume --out {args.out}",
-            130,
-        )
-    loss = trainer.evaluate()
-    print(f"{trainer.step} steps done in {_clock(time.monotonic() - began)}")
-    if math.isfinite(loss):
-        print(f"all held-out text: {_quality(loss, trainer.settings.unit)}")
-    _log(out, {"step": trainer.step, "held_out": loss})
+    with contextlib.ExitStack() as held:
+        prepare = _resumed if args.resume else _started
+        trainer, corpus = prepare(args, out, held)
+        _introduce(trainer, corpus, out, args.resume)
+        began, first = time.monotonic(), trainer.step
+        stopped_by = _run(trainer, out)
+        if stopped_by:
+            command = f"{_program()} train --resume --out {shlex.quote(args.out)}"
+            message = f"interrupted; go on from step {trainer.step} with: {command}"
+            return _complain(message, 128 + stopped_by)
+        loss = trainer.evaluate()
+        here = f", {trainer.step - first} of them in this session," if first else ""
+        print(f"{trainer.step} steps done{here} in {_clock(time.monotonic() - began)}")
+        if math.isfinite(loss):
+            print(f"all held-out text: {_quality(loss, trainer.settings.unit)}")
+        _log(out, {"step": trainer.step, "held_out": loss})
     prefix = "\n" if trainer.settings.text else "def "
-    print(f"\na sample (more: rnnfast sample {args.out}):\n")
+    print(f"\na sample (more: {_program()} sample {shlex.quote(args.out)}):\n")
     _write(trainer.model, prefix, SAMPLE_LENGTH, 0.7, trainer.settings.seed)
     return 0
 
 
-def _started(args: argparse.Namespace, out: Path) -> tuple[Trainer, Corpus]:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: is not an empty folder; take another --out, or --resume the run")
+def _started(
+    args: argparse.Namespace, out: Path, held: contextlib.ExitStack
+) -> tuple[Trainer, Corpus]:
+    """A new run; its folder stays locked as long as `held` lasts."""
+    _must_be_empty(out)
+    _must_fit(args, args.optimizer or Settings.optimizer)
     corpus = _corpus(args.text)
     given = {
         field.name: getattr(args, field.name)
@@ -268,33 +308,91 @@ def _started(args: argparse.Namespace, out: Path) -> tuple[Trainer, Corpus]:
     }
     text = {"text": "" if args.text is None else os.path.abspath(args.text)}
     settings = Settings(**usual | given | text)
-    trainer = Trainer(settings, corpus)
+    try:
+        trainer = Trainer(settings, corpus)
+    except DataError as error:
+        hint = "(a tenth of the text is held out); try a smaller --batch or --steps-per-chunk"
+        raise DataError(f"{error} {hint}") from None
     trainer.train_for(epochs=args.epochs)
     out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(_locked(out))
+    _must_be_empty(out)  # another run may have come and gone since
     return trainer, corpus
 
 
-def _resumed(args: argparse.Namespace, out: Path) -> tuple[Trainer, Corpus]:
+def _resumed(
+    args: argparse.Namespace, out: Path, held: contextlib.ExitStack
+) -> tuple[Trainer, Corpus]:
+    """The run in a folder, which stays locked as long as `held` lasts."""
     path = out / CHECKPOINT
     if not path.exists():
         raise DataError(f"{path}: there is nothing to resume")
+    held.enter_context(_locked(out))
     settings = read_settings(path)
     for field in dataclasses.fields(Settings):
         given, kept = getattr(args, field.name), getattr(settings, field.name)
         if field.name not in ("text", "steps") and given is not None and given != kept:
             option = "--" + field.name.replace("_", "-")
             raise DataError(f"{option} cannot change on --resume: it was {kept}, now {given}")
-    corpus = _corpus(settings.text or None if args.text is None else args.text)
+    _must_fit(args, settings.optimizer)
+    try:
+        corpus = _corpus(settings.text or None if args.text is None else args.text)
+    except OSError as error:
+        if args.text is None and settings.text:
+            hint = "(the run's text; --text names its new place)"
+            raise DataError(f"{settings.text}: {error.strerror} {hint}") from None
+        raise
     trainer = Trainer.resume(path, corpus)
+    if args.text is not None:
+        trainer.settings = dataclasses.replace(trainer.settings, text=os.path.abspath(args.text))
     trainer.train_for(steps=args.steps, epochs=args.epochs)
+    if trainer.settings.steps < trainer.step:
+        asked = (
+            f"--steps {args.steps}"
+            if args.epochs is None
+            else f"--epochs {args.epochs}, which is {trainer.settings.steps} steps"
+        )
+        raise DataError(f"{asked}: {trainer.step} are done already")
     return trainer, corpus
+
+
+def _must_be_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: is not an empty folder; take another --out, or --resume the run")
+
+
+def _must_fit(args: argparse.Namespace, optimizer: str) -> None:
+    """Raises DataError for an option that would be without effect."""
+    if args.momentum is not None and optimizer != "sgd":
+        raise DataError(f"--momentum is for --optimizer sgd; {optimizer} has none")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; the system ends that when this process ends, however.
+
+    The folder itself is locked, so that nothing is left in it. A file system that cannot lock
+    folders (NFS) leaves two runs at once to their user.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DataError(f"{folder}: another run is writing to this folder") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _corpus(path: str | None) -> Corpus:
     return standard_library() if path is None else text_file(path)
 
 
-def _introduce(trainer: Trainer, corpus: Corpus, out: Path) -> None:
+def _introduce(trainer: Trainer, corpus: Corpus, out: Path, resumed: bool) -> None:
     settings, model = trainer.settings, trainer.model
     text = settings.text or f"{corpus.files} files of Python's standard library"
     numbers = sum(param.size for param in model.params.values())
@@ -313,19 +411,44 @@ def _introduce(trainer: Trainer, corpus: Corpus, out: Path) -> None:
         f"seed {settings.seed}"
     )
     print(f"engine     {rnnfast.isa()}, {rnnfast.get_num_threads()} threads")
-    print(
-        f"out        {out}" + (f", resumed at step {trainer.step}" if trainer.step else ""),
-        flush=True,
-    )
+    place = f"{out}, resumed at step {trainer.step}" if resumed else out
+    print(f"out        {place}", flush=True)
 
 
-def _run(trainer: Trainer, out: Path) -> bool:
-    """Trains until all is done (False) or Ctrl-C was pressed (True); leaves a checkpoint."""
+def _run(trainer: Trainer, out: Path) -> int:
+    """Trains until all is done (0) or a signal stops it (its number); leaves a checkpoint."""
+    with _interruptions() as stopped_by:
+        # Before the first step, so that a folder that cannot be written is known at once.
+        trainer.save(out / CHECKPOINT)
+        _log(
+            out,
+            {
+                "settings": dataclasses.asdict(trainer.settings),
+                "manifest": trainer.manifest,
+                "step": trainer.step,
+                "rnnfast": rnnfast.__version__,
+            },
+        )
+        try:
+            _advance(trainer, out, stopped_by)
+        except OSError:
+            # Whoever was shown the progress has gone, say, between two steps.
+            trainer.save(out / CHECKPOINT)
+            if not stopped_by:
+                raise
+            _drop_output()
+        else:
+            trainer.save(out / CHECKPOINT)
+    return stopped_by[0] if stopped_by else 0
+
+
+def _advance(trainer: Trainer, out: Path, stopped_by: list[int]) -> None:
+    """Trains until all is done or `stopped_by` is filled, and shows how far it is."""
     check_every = max(1, trainer.settings.steps // CHECKS)
     saved = time.monotonic()
     mean, seen = 0.0, 0
-    with _interruptions() as interrupted, _progress(trainer) as show:
-        while not (trainer.done or interrupted):
+    with _progress(trainer) as show:
+        while not (trainer.done or stopped_by):
             loss = trainer.advance()
             # A running mean over about the last 50 steps: single batches differ too much to read.
             seen += 1
@@ -340,28 +463,31 @@ def _run(trainer: Trainer, out: Path) -> bool:
             if time.monotonic() - saved > SAVE_EVERY:
                 trainer.save(out / CHECKPOINT)
                 saved = time.monotonic()
-        trainer.save(out / CHECKPOINT)
-    return bool(interrupted)
 
 
 @contextlib.contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C is pressed; pressed again, it interrupts as usual.
+    """A list that is empty until one of `STOP_SIGNALS` comes; a second one interrupts as usual.
 
-    A step must not be left half done, so the loop ends itself when it sees the list filled.
+    A step must not be left half done, so the loop ends itself when it sees the list filled. A
+    signal that is ignored here stays so, as under nohup.
     """
-    pressed: list[int] = []
+    came: list[int] = []
 
     def handle(number: int, frame) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
+        if came:
+            raise KeyboardInterrupt(number)
+        came.append(number)
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]
     try:
-        yield pressed
+        for number in handled:
+            signal.signal(number, handle)
+        yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in handled:
+            signal.signal(number, before[number])
 
 
 def _quality(loss: float, unit: str) -> str:
@@ -402,18 +528,20 @@ class _PlainProgress:
         if now - self.shown >= PLAIN_LINE_EVERY or self.trainer.done:
             self.shown = now
             total = self.trainer.settings.steps
-            self.line(f"step {self.trainer.step}/{total}: {self.figures(loss)}")
+            self.line(f"step {self.trainer.step}/{total}: {', '.join(self.figures(loss))}")
 
-    def figures(self, loss: float) -> str:
+    def figures(self, loss: float) -> list[str]:
         """Loss, perplexity, speed and time left."""
         seconds = time.monotonic() - self.began
         done = self.trainer.step - self.first
         left = seconds / done * (self.trainer.settings.steps - self.trainer.step)
         speed = done * self.trainer.tokens_per_step / seconds
-        return (
-            f"loss {loss:.4f}, perplexity {perplexity(loss):.3f}, {speed:,.0f} tokens/s, "
-            f"{_clock(left)} left"
-        )
+        return [
+            f"loss {loss:.4f}",
+            f"perplexity {perplexity(loss):.3f}",
+            f"{speed:,.0f} tokens/s",
+            f"{_clock(left)} left",
+        ]
 
     def line(self, text: str) -> None:
         print(text, flush=True)
@@ -422,12 +550,14 @@ class _PlainProgress:
 class _RichProgress(_PlainProgress):
     """How far a run is, as a bar that stays at the bottom of the terminal."""
 
+    BAR = 10  # columns
+
     def __init__(self, trainer: Trainer) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         super().__init__(trainer)
         figures = TextColumn("{task.description}")
-        self.bar = Progress(BarColumn(bar_width=20), MofNCompleteColumn(), figures)
+        self.bar = Progress(BarColumn(self.BAR), MofNCompleteColumn(), figures)
         self.task = self.bar.add_task("", total=trainer.settings.steps, completed=trainer.step)
 
     def __enter__(self) -> _RichProgress:
@@ -438,8 +568,13 @@ class _RichProgress(_PlainProgress):
         self.bar.stop()
 
     def __call__(self, loss: float) -> None:
-        step = self.trainer.step
-        self.bar.update(self.task, completed=step, description=self.figures(loss))
+        step, total = self.trainer.step, self.trainer.settings.steps
+        # Between bar, count of steps and figures there is one column each.
+        room = self.bar.console.width - self.BAR - len(f" {total}/{total} ")
+        figures = self.figures(loss)
+        while len(", ".join(figures)) > room and figures:
+            del figures[min(1, len(figures) - 1)]  # perplexity first: the loss says the same
+        self.bar.update(self.task, completed=step, description=", ".join(figures))
 
     def line(self, text: str) -> None:
         self.bar.console.print(text, markup=False, highlight=False)
@@ -458,9 +593,24 @@ def _progress(trainer: Trainer) -> _PlainProgress:
 
 def _sample(args: argparse.Namespace) -> int:
     path = Path(args.model)
-    model = LanguageModel.load(path / CHECKPOINT if path.is_dir() else path)
+    path = path / CHECKPOINT if path.is_dir() else path
+    header, arrays = read(path)
+    model = LanguageModel.from_file(path, header, arrays)
+    training = header.get("training")
+    if isinstance(training, dict) and training.get("step") == 0:
+        raise DataError(f"{path}: no step of this run is done yet, so there is nothing to sample")
+    _note_unknown(model.vocabulary, args.prefix)
     _write(model, args.prefix, args.length, args.temperature, args.seed)
     return 0
+
+
+def _note_unknown(vocabulary: Vocabulary, prefix: str) -> None:
+    """Says on stderr what in a prefix a model cannot know."""
+    unknown = vocabulary.unknown_in(prefix)
+    if unknown:
+        named = ", ".join(map(ascii, unknown[:NAMED_AT_MOST]))
+        more = ", ..." if len(unknown) > NAMED_AT_MOST else ""
+        _complain(f"note: the model does not know these parts of --prefix: {named}{more}", 0)
 
 
 def _write(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _kernels, checks, config, functional
+from . import _kernels, checks, config, functional, storage
 from .cells import CELLS, PARAMETERS, Cell
 from .functional import (
     BACKWARD,
@@ -86,6 +86,8 @@ class Recurrent:
             checks.fail(ValueError, type(self).__name__, "a module that is built", "a new one")
         self._arguments = arguments = _checked(arguments)
         self._cell = cell = type(self)._cell_of(arguments)
+        if fill:  # called by __init__: the warning points at the line that called that
+            checks.dropout_acts(arguments["dropout"], arguments["num_layers"], 3)
         I, H, L = arguments["input_size"], arguments["hidden_size"], arguments["num_layers"]
         D, bias = 2 if arguments["bidirectional"] else 1, arguments["bias"]
         if arguments["seed"] is None:
@@ -462,13 +464,12 @@ class Recurrent:
     # ------------------------------------------------------------------------- files and copies
 
     def save(self, path: Any) -> None:
-        """Writes the module to a file, `.npz` inside, whatever its name; see `rnnfast.load`.
+        """Writes the module to a file; see `rnnfast.load`.
 
+        The path is taken as it is: no `.npz` is added, though that is the format.
         Killed at any moment, the file is the old one or the new one, whole. Gradients are not
         saved. Raises OSError when the system refuses.
         """
-        from . import storage
-
         path = checks.path("path", path)
         storage.write(path, {"class": type(self)._file_name, **self._header()}, self._params)
 
@@ -664,8 +665,6 @@ def load(path: Any) -> RNN | LSTM | GRU:
     Runs no code of the file's and reads at most its size. Raises OSError if it cannot be read, and
     `DamagedFileError`, a ValueError that names path and damage, if it is not such a file.
     """
-    from . import storage
-
     path = checks.path("path", path)
     header, arrays = storage.read(path)
     classes = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU}
@@ -681,8 +680,7 @@ def load(path: Any) -> RNN | LSTM | GRU:
             checks.fail(ValueError, "parameters", f"{len(arrays)} entries", needs)
         I, H, dtype = arguments["input_size"], arguments["hidden_size"], arguments["dtype"]
         shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"])
-        native = {name: _native(array) for name, array in arrays.items()}
-        arrays = checks.entries("parameters", native, shapes, dtype)
+        arrays = checks.entries("parameters", arrays, shapes, dtype)
         module = cls.__new__(cls)
         module._build(arguments, fill=False)
     except (KeyError, TypeError, ValueError) as error:
@@ -691,8 +689,3 @@ def load(path: Any) -> RNN | LSTM | GRU:
         module.params[name][...] = array
     module.dropout_calls = calls
     return module
-
-
-def _native(array: np.ndarray) -> np.ndarray:
-    """In this machine's byte order: a file may come from another one."""
-    return array.astype(array.dtype.newbyteorder("="), copy=False)

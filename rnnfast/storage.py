@@ -31,13 +31,22 @@ def write(path: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     """Writes an `.npz` file; whatever happens, `path` is the old file or the new one, whole.
 
     The file is made beside its place, forced to the disk, then renamed. OSError tells what the
-    system refused; nothing is left behind then.
+    system refused, and names `path`; nothing is left behind then.
     """
     import json
 
     text = json.dumps({"format": FORMAT, **header}).encode()
     members = {HEADER: np.frombuffer(text, np.uint8), **arrays}
-    path = os.path.realpath(path)  # of a link, the file it means
+    try:
+        _replace(os.path.realpath(path), members)  # of a link, the file it means
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # The temporary file's name would tell nobody anything.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def _replace(path: str, members: Mapping[str, np.ndarray]) -> None:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -68,7 +77,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the arrays of a file; the arrays are read-only views of its bytes.
+    """The header and the arrays of a file, in this machine's byte order, to be read only.
 
     Raises OSError if it cannot be read, DamagedFileError if it is not what `write` makes.
     """
@@ -154,4 +163,5 @@ def _array(path: str, name: str, data: bytes) -> np.ndarray:
     if count * dtype.itemsize != there:
         damaged(path, f"entry {name!r} of shape {shape} and {dtype} has {there} bytes")
     flat = np.frombuffer(data, dtype, offset=file.tell())
-    return flat.reshape(shape, order="F" if fortran_order else "C")
+    array = flat.reshape(shape, order="F" if fortran_order else "C")
+    return array.astype(dtype.newbyteorder("="), copy=False)  # a file may come from another machine

@@ -72,6 +72,7 @@ def test_a_run_from_text_to_sample(run, text, tmp_path):
     assert re.search(r"manifest [0-9a-f]{16}", shown)
     assert re.search(r"step 30/30: loss \d\.\d+, perplexity [\d.]+, [\d,]+ tokens/s, 0:00", shown)
     assert re.search(r"all held-out text: perplexity \d+\.\d+, \d\.\d+ bits per character", shown)
+    assert "\n30 steps done in 0:0" in shown
     assert {path.name for path in out.iterdir()} == {CHECKPOINT, cli.LOG}
 
     log = [json.loads(line) for line in (out / cli.LOG).read_text().splitlines()]
@@ -97,12 +98,25 @@ def test_more_steps_after_the_end(run, text, tmp_path, sampling):
     assert run("train", *options, "--out", tmp_path / "a")[0] == 0
     assert storage.read(tmp_path / "a" / CHECKPOINT)[0]["training"]["step"] == 30
     code, shown, _ = run("train", "--resume", "--out", tmp_path / "a", "--steps", 45)
-    assert code == 0 and "resumed at step 30" in shown and "45 steps done" in shown
+    assert code == 0 and "resumed at step 30" in shown
+    assert "\n45 steps done, 15 of them in this session, in 0:0" in shown
     # Already there: nothing is trained, all is shown.
     before = arrays_of(tmp_path / "a")
     code, shown, _ = run("train", "--resume", "--out", tmp_path / "a")
     assert code == 0 and "45 steps done" in shown and "held-out" in shown
     assert arrays_of(tmp_path / "a") == before
+
+
+def test_resuming_at_step_0_says_so(run, text, tmp_path):
+    checkpoint_of_step_0(run, text, tmp_path / "out")
+    code, shown, _ = run("train", "--resume", "--out", tmp_path / "out")
+    assert code == 0 and "resumed at step 0\n" in shown and "\n30 steps done in 0:0" in shown
+
+
+def test_the_help_says_when_a_checkpoint_is_written(run):
+    code, shown, _ = run("train", "--help")
+    assert code == 0
+    assert "written every 30 seconds, at the end, and when Ctrl-C" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("options", [
@@ -140,7 +154,58 @@ def test_info_and_version(run):
     assert code == 0 and shown == f"rnnfast {rnnfast.__version__}\n"
 
 
+def test_no_command_lists_the_commands(run):
+    code, shown, complaints = run()
+    assert (code, shown) == (2, "")
+    assert all(f"\n    {command} " in complaints for command in ("train", "sample", "info"))
+
+
+@pytest.mark.parametrize("how", ["in a folder", "here", "by its name", "by python", "called"])
+def test_the_commands_it_prints_work_as_they_are_printed(run, text, tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "rnnfast"
+    main = "from rnnfast.cli import main"
+    script.write_text(f"#!{sys.executable}\nimport sys\n{main}\nsys.exit(main())\n")
+    script.chmod(0o755)
+    (folder / "python").symlink_to(sys.executable)
+    if how == "here":
+        monkeypatch.chdir(folder)
+    elif how == "by its name":
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    program, printed = {
+        "in a folder": ([script], "bin/rnnfast"),
+        "here": (["./rnnfast"], "./rnnfast"),
+        "by its name": (["rnnfast"], "rnnfast"),
+        "by python": (["bin/python", "-m", "rnnfast"], "bin/python -m rnnfast"),
+        "called": ([sys.executable, "-c", f"{main}; main()"], "rnnfast"),
+    }[how]
+    # Through a link, an interpreter does not find the packages beside it.
+    packages = [os.path.dirname(os.path.dirname(module.__file__)) for module in (rnnfast, np)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(packages))
+    command = [*program, "train", "--text", text, "--out", "a run", *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    hint = re.search(r"a sample \(more: (.*)\):\n", done.stdout)[1]
+    assert hint == f"{printed} sample 'a run'"
+    if how != "called":
+        again = subprocess.run(hint, shell=True, capture_output=True, text=True, timeout=60)
+        assert again.returncode == 0, again.stderr
+
+
 # ------------------------------------------------------------------------------ what goes wrong
+
+
+def checkpoint_of_step_0(run, text, out):
+    """What a run leaves that fails in its first step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.Trainer, "advance", overflow)
+        assert run(*train()(text, out))[0] == 2
+
+
+def overflow(self):
+    raise FloatingPointError(f"the loss overflowed at step {self.step + 1}")
 
 
 def train(*options):
@@ -159,6 +224,15 @@ BAD = {
     "no name of a text": (lambda t, o: ["train", "--text", "", "--out", o], ""),
     "empty text": (lambda t, o: ["train", "--text", os.devnull, "--out", o], "empty"),
     "text of one chunk less a token": (train("--batch", "747"), "too short"),
+    "text shorter than a row": (
+        lambda t, o: [o.with_name("s").write_text("spam and") and "train", "--text",
+                      o.with_name("s"), "--out", o],
+        "the part of the text for training has 8 tokens: too short for one chunk of 32 x 64, "
+        "which needs 2112 (a tenth of the text is held out); "
+        "try a smaller --batch or --steps-per-chunk"),
+    "short text in random order": (train("--steps-per-chunk", "9999", "--sampling", "random"),
+                                   "too short"),
+    "momentum of adam": (train("--momentum", "0.5"), "--momentum is for --optimizer sgd; adam"),
     "text in Latin-1": (
         lambda t, o: [o.with_name("latin").write_bytes(b"\xe9") and "train", "--text",
                       o.with_name("latin"), "--out", o], "UTF-8"),
@@ -226,12 +300,14 @@ def test_a_full_disk_loses_nothing(run, text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     code, _, complaints = run("train", "--resume", "--out", out, "--steps", 40)
-    assert code == 2 and complaints == "rnnfast: No space left on device\n"
+    assert code == 2 and complaints.count("\n") == 1 and "No space left on device" in complaints
     assert arrays_of(out) == before
     assert {path.name for path in out.iterdir()} == {CHECKPOINT, cli.LOG}
 
 
-@pytest.mark.parametrize("option", ["--hidden 13", "--cell gru", "--seed 1", "--lr 0.5"])
+@pytest.mark.parametrize("option", [
+    "--hidden 13", "--cell gru", "--seed 1", "--lr 0.5", "--momentum 0.9",
+])  # fmt: skip
 def test_resuming_keeps_the_settings(run, text, tmp_path, option):
     out = tmp_path / "out"
     assert run(*train()(text, out))[0] == 0
@@ -239,6 +315,34 @@ def test_resuming_keeps_the_settings(run, text, tmp_path, option):
     code, _, complaints = run("train", "--resume", "--out", out, *option.split())
     assert code == 2 and complaints.count("\n") == 1 and option.split()[0] in complaints
     assert arrays_of(out) == before
+
+
+def test_resuming_cannot_take_steps_back(run, text, tmp_path):
+    out = tmp_path / "out"
+    assert run(*train("--steps", 400)(text, out))[0] == 0
+    code, _, complaints = run("train", "--resume", "--out", out, "--steps", 3)
+    assert (code, complaints) == (2, "rnnfast: --steps 3: 400 are done already\n")
+    code, _, complaints = run("train", "--resume", "--out", out, "--epochs", 1)
+    assert code == 2 and re.fullmatch(
+        r"rnnfast: --epochs 1, which is \d+ steps: 400 are done already\n", complaints
+    )
+
+
+def test_resuming_on_a_moved_text(run, text, tmp_path):
+    out = tmp_path / "out"
+    assert run(*train()(text, out))[0] == 0
+    (tmp_path / "text").rename(tmp_path / "moved")
+    code, _, complaints = run("train", "--resume", "--out", out)
+    assert code == 2 and complaints == (
+        f"rnnfast: {text}: No such file or directory (the run's text; --text names its new place)\n"
+    )
+    # A wrong new place is no place of the run's.
+    code, _, complaints = run("train", "--resume", "--out", out, "--text", tmp_path / "none")
+    assert code == 2 and "the run's text" not in complaints
+    code, _, _ = run("train", "--resume", "--out", out, "--text", tmp_path / "moved")
+    assert code == 0
+    code, _, complaints = run("train", "--resume", "--out", out)  # the new place is kept
+    assert (code, complaints) == (0, "")
 
 
 def test_resuming_on_another_text(run, text, tmp_path):
@@ -253,19 +357,90 @@ def test_resuming_on_another_text(run, text, tmp_path):
     assert code == 0
 
 
-def test_a_loss_that_explodes(run, text, tmp_path, monkeypatch):
+def test_a_loss_that_overflows_leaves_the_last_good_checkpoint(run, text, tmp_path, monkeypatch):
     out = tmp_path / "out"
+    advance = cli.Trainer.advance
 
-    def explode(self):
-        raise FloatingPointError("the loss is nan at step 1")
+    def poisoned(self):
+        if self.step == 12:
+            self.model.params["head.bias"][1] = np.inf
+        return advance(self)
 
-    monkeypatch.setattr(cli.Trainer, "advance", explode)
+    monkeypatch.setattr(cli.Trainer, "advance", poisoned)
+    monkeypatch.setattr(cli, "SAVE_EVERY", -1)
     code, _, complaints = run(*train()(text, out))
-    assert code == 1 and complaints == "rnnfast: the loss is nan at step 1; try a lower --lr\n"
-    assert LanguageModel.load(out / CHECKPOINT)
+    assert code == 2
+    assert complaints == "rnnfast: the loss overflowed at step 13; try a smaller --lr\n"
+    header, arrays = storage.read(out / CHECKPOINT)
+    assert header["training"]["step"] == 12
+    assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+def test_sampling_from_a_run_without_a_step(run, text, tmp_path):
+    out = tmp_path / "out"
+    checkpoint_of_step_0(run, text, out)
+    code, shown, complaints = run("sample", out)
+    assert (code, shown) == (2, "")
+    assert complaints.count("\n") == 1 and "no step of this run is done yet" in complaints
+
+
+@pytest.mark.parametrize(("unit", "prefix", "named"), [
+    ("char", "d\u00e9f \u2603\u2603", r"'\xe9', '\u2603'"), ("word", "def spam x", "'spam'"),
+])  # fmt: skip
+def test_what_the_model_does_not_know_of_a_prefix(run, text, tmp_path, unit, prefix, named):
+    out = tmp_path / "out"
+    assert run(*train("--unit", unit)(text, out))[0] == 0
+    code, shown, complaints = run("sample", out, "--prefix", prefix, "--length", 3)
+    assert code == 0 and shown.startswith(prefix)
+    note = "rnnfast: note: the model does not know these parts of --prefix: "
+    assert complaints == note + named + "\n"
+    assert run("sample", out, "--prefix", "def ", "--length", 3)[2] == ""
+    many = "".join(map(chr, range(0x400, 0x420)))
+    complaints = run("sample", out, "--prefix", " ".join(many), "--length", 3)[2]
+    assert complaints.endswith(r"'\u0409', ..." + "\n")
+
+
+def test_two_runs_do_not_share_a_folder(run, text, tmp_path):
+    out = tmp_path / "out"
+    first = start("train", "--text", text, "--out", out, *SMALL, "--steps", 10**6)
+    wait_for_steps(out, first, 0)
+    # An option that is refused after a look at the lock.
+    second = ["train", "--resume", "--out", out, "--hidden", 13]
+    code, _, complaints = run(*second)
+    assert code == 2 and complaints == f"rnnfast: {out}: another run is writing to this folder\n"
+    assert run(*train()(text, out))[0] == 2
+    # The lock dies with its holder, even if that could not do a thing about it.
+    first.kill()
+    first.communicate(timeout=60)
+    assert "--hidden cannot change" in run(*second)[2]
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile(run, text, tmp_path, monkeypatch):
+    """The second look at the folder: this run has read its text while another one came and went."""
+    out = tmp_path / "out"
+    text_file = cli.text_file
+
+    def slow(path):
+        monkeypatch.setattr(cli, "text_file", text_file)
+        assert run(*train()(text, out))[0] == 0
+        return text_file(path)
+
+    monkeypatch.setattr(cli, "text_file", slow)
+    code, _, complaints = run(*train()(text, out))
+    assert code == 2 and "not an empty folder" in complaints
+    assert (out / cli.LOG).read_text().count("settings") == 1
 
 
 # ------------------------------------------------------------------------ signals and terminals
+
+
+def wait_for_steps(out, process, looks=1):
+    """Waits until a run has begun and looked so many times at its held-out text."""
+    log = out / cli.LOG
+    end = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > looks):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("sampling", ["sequential", "random"])
@@ -273,11 +448,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_the_same_bits(text, tmp_path, s
     options = [*SMALL, "--steps", 3000, "--text", text, "--sampling", sampling]
     whole = start("train", *options, "--out", tmp_path / "whole")
     stopped = start("train", *options, "--out", tmp_path / "stopped")
-    log = tmp_path / "stopped" / cli.LOG
-    end = time.monotonic() + 60
     # Past the first look at held-out text, at a tenth of the steps.
-    while not (log.exists() and log.read_text().count("\n") > 1) and time.monotonic() < end:
-        time.sleep(0.001)
+    wait_for_steps(tmp_path / "stopped", stopped)
     stopped.send_signal(signal.SIGINT)
     _, complaints = stopped.communicate(timeout=60)
     assert stopped.returncode == 130
@@ -292,6 +464,85 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_the_same_bits(text, tmp_path, s
     final = [path.communicate()[0].split("all held-out text")[1].split("\n")[0]
              for path in (whole, resumed)]  # fmt: skip
     assert final[0] == final[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_are_like_ctrl_c(text, tmp_path, number):
+    out = tmp_path / "out"
+    process = start("train", "--text", text, "--out", out, *SMALL, "--steps", 3000)
+    wait_for_steps(out, process)
+    process.send_signal(number)
+    _, complaints = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = storage.read(out / CHECKPOINT)[0]["training"]["step"]
+    assert 300 <= step < 3000 and f"step {step} " in complaints
+
+
+def test_the_hosts_handlers_come_back_and_what_it_ignores_stays_so(run, text, tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    seen = []
+    advance = cli.Trainer.advance
+
+    def watched(self):
+        seen[:] = [signal.getsignal(number) for number in numbers]
+        return advance(self)
+
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        mine = [signal.getsignal(number) for number in numbers]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli.Trainer, "advance", watched)
+            assert run(*train()(text, tmp_path / "out"))[0] == 0
+        assert [signal.getsignal(number) for number in numbers] == mine
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert seen[0] == seen[1] not in before and seen[2] == signal.SIG_IGN
+
+
+IN_ITS_OWN_TERMINAL = """
+import os, sys
+os.open(os.ttyname(0), os.O_RDWR)  # of a session without a terminal it becomes the terminal
+os.execv(sys.executable, [sys.executable, "-m", "rnnfast", *sys.argv[1:]])
+"""
+
+
+def test_a_terminal_that_is_closed(text, tmp_path):
+    out = tmp_path / "out"
+    screen, terminal = pty.openpty()
+    command = ["train", "--text", text, "--out", str(out), *SMALL, "--steps", "20000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_ITS_OWN_TERMINAL, *command],
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        env=os.environ | {"TERM": "dumb"},
+    )  # fmt: skip
+    os.close(terminal)
+    wait_for_steps(out, process)
+    os.close(screen)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert storage.read(out / CHECKPOINT)[0]["training"]["step"] >= 2000
+
+
+def test_nobody_reads_the_progress(text, tmp_path):
+    out = tmp_path / "out"
+    process = start("train", "--text", text, "--out", out, *SMALL, "--steps", 20_000)
+    process.stdout.readline()
+    wait_for_steps(out, process)
+    process.stdout.close()
+    assert process.wait(60) == 1 and process.stderr.read() == ""
+    process.stderr.close()
+    assert storage.read(out / CHECKPOINT)[0]["training"]["step"] >= 2000
+
+
+def test_nobody_reads_the_info():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rnnfast", "info"]
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}  # all is written at the end
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=buffered, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_ctrl_c_during_the_sample(run, text, tmp_path):
@@ -342,6 +593,20 @@ def test_a_bar_in_a_terminal(text, tmp_path):
     assert "step 30: a part of the held-out text" in shown
     code, shown = in_a_terminal(*train()(text, tmp_path / "dumb"), TERM="dumb")
     assert code == 0 and "\x1b[" not in shown and "step 30/30: loss" in shown
+
+
+@pytest.mark.parametrize(("columns", "there"), [
+    (120, "loss perplexity tokens/s left"), (60, "loss left"), (30, ""),
+])  # fmt: skip
+def test_a_bar_in_a_narrow_terminal(text, tmp_path, columns, there):
+    pytest.importorskip("rich")
+    command = train("--steps", "3000")(text, tmp_path / "out")
+    code, shown = in_a_terminal(*command, COLUMNS=str(columns))
+    bars = [line for line in re.split(r"[\r\n]|\x1b\[2K", shown) if "3000/3000" in line]
+    bar = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", bars[-1])
+    assert code == 0 and len(bar) <= columns
+    assert all(word in bar for word in there.split())
+    assert ("perplexity" in bar) == (columns == 120)
 
 
 def test_a_terminal_without_rich(text, tmp_path):

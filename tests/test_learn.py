@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 
+import rnnfast
 from rnnfast import storage
 from rnnfast.learn import (
     IGNORED,
@@ -484,6 +485,52 @@ def test_the_state_is_carried_only_where_the_text_goes_on():
     assert all(np.array_equal(a, b) for a, b in zip(one, second, strict=True))
     assert two is not None and third is None  # a new epoch
     assert fourth is not None
+
+
+def test_gradients_that_are_not_finite_change_nothing(monkeypatch):
+    trainer = Trainer(SMALL, CORPUS)
+    trainer.advance()
+    before = contents(trainer)
+    gradients = trainer.model.gradients
+
+    def overflowing(*arguments):
+        loss = gradients(*arguments)
+        trainer.model.grads["head.bias"][0] = np.inf
+        return loss
+
+    monkeypatch.setattr(trainer.model, "gradients", overflowing)
+    with pytest.raises(FloatingPointError, match="the loss overflowed at step 2"):
+        trainer.advance()
+    assert_same_bits(before, contents(trainer))
+    assert trainer.step == 1
+
+
+def test_evaluation_does_not_pass_over_an_overflow():
+    trainer = Trainer(SMALL, CORPUS)
+    trainer.model.params["head.bias"][0] = np.inf
+    with pytest.raises(FloatingPointError, match="the loss overflowed at step 0"):
+        trainer.evaluate()
+    trainer.held_out = trainer.held_out[:1]  # no token to foretell is no overflow
+    assert math.isnan(trainer.evaluate())
+
+
+def test_a_file_of_a_language_model_is_named_where_a_module_was_expected(tmp_path):
+    trainer = Trainer(SMALL, CORPUS)
+    trainer.save(tmp_path / "checkpoint.npz")
+    trainer.model.save(tmp_path / "model.npz")
+    for name, what in (("checkpoint", "LanguageModel checkpoint"), ("model", "LanguageModel")):
+        with pytest.raises(storage.DamagedFileError, match=f"'{what}'"):
+            rnnfast.load(tmp_path / f"{name}.npz")
+
+
+@pytest.mark.parametrize("sampling", [RandomBatches, SequentialBatches])
+def test_any_text_that_is_too_short_is_refused(sampling):
+    for length in range(50):
+        if length < 10 + 5 * 4:
+            with pytest.raises(DataError, match=f"{length} tokens: too short .* needs 30"):
+                sampling(np.zeros(length, int), 2, 10)
+        else:
+            assert len(sampling(np.zeros(length, int), 2, 10)) >= 1
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():

@@ -40,8 +40,8 @@ class _Batches:
         self._epoch = -1
         if len(self) < 1:
             raise DataError(
-                f"the text has {len(self.tokens)} tokens: too short for one chunk of "
-                f"{batch_size} x {steps}, which needs {self._needed()}"
+                f"the part of the text for training has {len(self.tokens)} tokens: too short for "
+                f"one chunk of {batch_size} x {steps}, which needs {self._needed()}"
             )
 
     def _needed(self) -> int:
@@ -78,7 +78,7 @@ class RandomBatches(_Batches):
     """
 
     def __len__(self) -> int:
-        pieces = (len(self.tokens) - self.steps) // self.steps
+        pieces = max(0, len(self.tokens) - self.steps) // self.steps
         return pieces // self.batch_size
 
     def _shuffle(self, rng: np.random.Generator) -> None:
@@ -105,7 +105,7 @@ class SequentialBatches(_Batches):
     """
 
     def __len__(self) -> int:
-        columns = (len(self.tokens) - self.steps) // self.batch_size
+        columns = max(0, len(self.tokens) - self.steps) // self.batch_size
         return columns // self.steps
 
     def _shuffle(self, rng: np.random.Generator) -> None:

@@ -210,7 +210,8 @@ class LanguageModel:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes model and vocabulary to one .npz file, atomically."""
-        storage.write(path, {"model": self.description()}, _prefixed("model.", self.params))
+        header = {"class": "LanguageModel", "model": self.description()}
+        storage.write(path, header, _prefixed("model.", self.params))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LanguageModel:

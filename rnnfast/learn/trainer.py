@@ -120,16 +120,17 @@ class Trainer:
     def advance(self) -> float:
         """One step of the optimiser on the next mini-batch; returns its mean loss in nats.
 
-        Raises FloatingPointError, with nothing changed, if the loss is not a finite number.
+        Raises FloatingPointError, with nothing changed, if the loss or a gradient is not finite.
         """
         settings = self.settings
         # The number of steps done is the whole position in the data.
         batch = self.batches.get(*divmod(self.step, len(self.batches)))
         state = None if batch.fresh else self._state()
-        loss, state = self.model.gradients(batch.inputs, batch.targets, state)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step + 1}")
-        clip_gradients([grads for _, grads in self.model.buffers], settings.clip)
+        with np.errstate(over="ignore", invalid="ignore"):  # found below
+            loss, state = self.model.gradients(batch.inputs, batch.targets, state)
+            norm = clip_gradients([grads for _, grads in self.model.buffers], settings.clip)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise FloatingPointError(f"the loss overflowed at step {self.step + 1}")
         share = warm_up_and_cosine(self.step, settings.steps, int(WARM_UP * settings.steps))
         self.optimizer.lr = settings.lr * share
         self.optimizer.step()
@@ -154,12 +155,20 @@ class Trainer:
         return self._carried or None
 
     def evaluate(self, limit: int | None = None) -> float:
-        """Mean loss in nats on held-out text, see `LanguageModel.evaluate`; nan if none."""
-        return self.model.evaluate(self.held_out, limit=limit)
+        """Mean loss in nats on held-out text, see `LanguageModel.evaluate`; nan if none.
+
+        Raises FloatingPointError if there is such a text and the loss is not finite.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):  # found below
+            loss = self.model.evaluate(self.held_out, limit=limit)
+        if len(self.held_out) > 1 and not math.isfinite(loss):
+            raise FloatingPointError(f"the loss overflowed at step {self.step}")
+        return loss
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a checkpoint, atomically; `LanguageModel.load` reads the model out of it."""
         header = {
+            "class": "LanguageModel checkpoint",  # for whoever takes it for a file of a module
             "model": self.model.description(),
             "training": {
                 "settings": dataclasses.asdict(self.settings),

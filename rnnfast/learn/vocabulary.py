@@ -80,6 +80,15 @@ class Vocabulary:
         words = _WORDS.findall(text)
         return np.fromiter((numbers.get(word, UNKNOWN) for word in words), np.int32, len(words))
 
+    def unknown_in(self, text: str) -> tuple[str, ...]:
+        """The distinct tokens of a text that are not in the vocabulary, in the text's order.
+
+        >>> Vocabulary("ab").unknown_in("a cab, c")
+        (' ', 'c', ',')
+        """
+        tokens = text if self.unit == "char" else _WORDS.findall(text)
+        return tuple(dict.fromkeys(token for token in tokens if token not in self._numbers))
+
     def decode(self, numbers: Iterable[int]) -> str:
         """The text of token numbers; an unknown token is written as U+FFFD.
 
