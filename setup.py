@@ -50,6 +50,7 @@ kernels = Extension(
     sources=[
         "rnnfast/_kernels.pyx",
         "csrc/dispatch.c",
+        "csrc/memory.c",
         "csrc/pool.c",
         "csrc/isa/base_f32.c",
         "csrc/isa/base_f64.c",

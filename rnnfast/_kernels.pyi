@@ -19,6 +19,17 @@ def set_isa(name: str) -> bool:
 def cpu_count() -> int:
     """Cores this process may run on (its affinity mask)."""
 
+class Memory:
+    """Bytes that arrays may lie in, 64-byte aligned, any contents; offers a writable buffer.
+
+    Kept for the next Memory of its size once the last array has gone. May raise MemoryError.
+    """
+
+    def __init__(self, nbytes: int) -> None: ...
+
+def release_memory() -> int:
+    """Returns to the system what is kept of memory that nobody uses; how many bytes that were."""
+
 class Pack:
     """Weights of one layer, all its directions, re-laid for the kernels of one isa."""
 

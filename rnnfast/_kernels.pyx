@@ -5,7 +5,6 @@ Knows csrc/kernels.h and the buffer protocol. Trusts its arguments: `checks` and
 looked at them. Signatures and shapes stand in _kernels.pyi.
 """
 
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -41,6 +40,7 @@ cdef extern from *:
         Py_ssize_t *shape
         Py_ssize_t *strides
     int PyBUF_STRIDES, PyBUF_WRITABLE, PyBUF_FORMAT
+    int PyBuffer_FillInfo(Py_buffer *, object, void *, Py_ssize_t, int, int) except -1
     int PyObject_GetBuffer(object, Py_buffer *, int) except -1
     int rf_get_buffer(object, Py_buffer *, int) noexcept
     void PyBuffer_Release(Py_buffer *)
@@ -49,6 +49,15 @@ cdef extern from *:
 
 cdef extern from "dropout.h":
     uint64_t dropout_mix(uint64_t)
+
+
+cdef extern from "memory.h":
+    ctypedef struct rf_block:
+        void *data
+        size_t bytes
+    rf_block rf_block_take(size_t) nogil
+    void rf_block_give(rf_block) nogil
+    size_t rf_blocks_release() nogil
 
 
 cdef extern from "pool.h":
@@ -233,14 +242,38 @@ cdef void release(Views *views) noexcept:
         PyBuffer_Release(&views.view[i])
 
 
-cdef void *allocate(Py_ssize_t size) except NULL:
-    """At least `size` bytes; size -1 stands for one that overflowed."""
-    cdef void *memory = PyMem_Malloc(size + 64) if 0 <= size <= PY_SSIZE_T_MAX - 64 else NULL
-    if memory == NULL:
-        raise MemoryError(f"cannot allocate {size} bytes of workspace" if size >= 0
-                          else "the size of the workspace overflows")
-    rf_poison(memory, size + 64)
-    return memory
+cdef rf_block allocate(Py_ssize_t size) except *:
+    """At least `size` bytes, 64-byte aligned; size -1 stands for one that overflowed."""
+    cdef rf_block block
+    if size < 0:
+        raise MemoryError("the size of the workspace overflows")
+    block = rf_block_take(size)
+    if block.data == NULL:
+        raise MemoryError(f"cannot allocate {size} bytes of workspace")
+    rf_poison(block.data, size)
+    return block
+
+
+cdef class Memory:
+    """A block of memory that arrays may lie in; kept for the next one when the last of them goes."""
+
+    cdef rf_block block
+    cdef Py_ssize_t nbytes
+
+    def __cinit__(self, Py_ssize_t nbytes):
+        self.block.data = NULL
+        self.block = allocate(nbytes)
+        self.nbytes = nbytes
+
+    def __dealloc__(self):
+        rf_block_give(self.block)
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.block.data, self.nbytes, 0, flags)
+
+
+def release_memory():
+    return rf_blocks_release()
 
 
 cdef inline Py_ssize_t most_of(Py_ssize_t a, Py_ssize_t b) noexcept:
@@ -250,10 +283,6 @@ cdef inline Py_ssize_t most_of(Py_ssize_t a, Py_ssize_t b) noexcept:
 
 cdef inline Py_ssize_t sum_of(Py_ssize_t a, Py_ssize_t b) noexcept:
     return -1 if a < 0 or b < 0 or a > PY_SSIZE_T_MAX - b else a + b
-
-
-cdef inline void *aligned(void *memory) noexcept:
-    return <void *>((<uintptr_t>memory + 63) & ~<uintptr_t>63)
 
 
 cdef extern from *:
@@ -274,7 +303,7 @@ cdef class Pack:
 
     cdef const rf_kernels *kernels
     cdef rf_shape shape
-    cdef void *memory
+    cdef rf_block memory
     cdef const void *direction[2]
     cdef readonly int kind
     cdef readonly Py_ssize_t nbytes
@@ -283,7 +312,7 @@ cdef class Pack:
         self.kernels = current[0]
 
     def __dealloc__(self):
-        PyMem_Free(self.memory)
+        rf_block_give(self.memory)
 
     @property
     def isa(self):
@@ -340,7 +369,7 @@ def pack(int cell, tuple weights, int kind, int threads, int plan):
             size = (size + 63) // 64 * 64
             self.nbytes = size * self.shape.directions
         self.memory = allocate(self.nbytes if size >= 0 else -1)
-        at = <char *>aligned(self.memory)
+        at = <char *>self.memory.data
         set_run(&run, threads, plan)
         with nogil:
             for d in range(self.shape.directions):
@@ -365,8 +394,9 @@ def forward(
 ):
     cdef Views views
     cdef rf_forward_args args
-    cdef void *memory = NULL
+    cdef rf_block memory
     cdef int failed, i
+    memory.data = NULL
     views.n = 0
     try:
         take_seq(&views, x, 0, &args.x)
@@ -388,12 +418,12 @@ def forward(
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
         memory = allocate(pack.kernels.forward_workspace(&args.shape, threads))
-        args.workspace = aligned(memory)
+        args.workspace = memory.data
         with nogil:
             failed = pack.kernels.forward(&args)
         rf_propagate(failed)
     finally:
-        PyMem_Free(memory)
+        rf_block_give(memory)
         release(&views)
     return PLANS[args.run.ran_plan], args.run.ran_threads
 
@@ -404,8 +434,9 @@ def backward(
 ):
     cdef Views views
     cdef rf_backward_args args
-    cdef void *memory = NULL
+    cdef rf_block memory
     cdef int failed, d
+    memory.data = NULL
     views.n = 0
     memset(args.grads, 0, sizeof(args.grads))
     try:
@@ -438,12 +469,12 @@ def backward(
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
         memory = allocate(pack.kernels.backward_workspace(&args.shape, threads))
-        args.workspace = aligned(memory)
+        args.workspace = memory.data
         with nogil:
             failed = pack.kernels.backward(&args)
         rf_propagate(failed)
     finally:
-        PyMem_Free(memory)
+        rf_block_give(memory)
         release(&views)
     return PLANS[args.run.ran_plan], args.run.ran_threads
 
@@ -459,7 +490,7 @@ cdef class Stepper:
     cdef rf_forward_args *args  # [layers], ready for a step
     cdef char *h                # [layers][B][H] the states
     cdef char *c
-    cdef void *memory           # of args, new states, a step's y of each layer, workspace
+    cdef rf_block memory        # of args, new states, a step's y of each layer, workspace
     cdef Py_ssize_t state_bytes
     cdef int threads
     cdef char format
@@ -467,7 +498,7 @@ cdef class Stepper:
 
     def __cinit__(self):
         self.views.n = 0
-        self.memory = NULL
+        self.memory.data = NULL
 
     def __init__(self, tuple packs, h, c, Py_ssize_t batch_size, int threads):
         cdef Pack pack = packs[0]
@@ -475,7 +506,7 @@ cdef class Stepper:
         cdef Py_ssize_t workspace = 0, here, tables
         cdef int i
         cdef char *at
-        if self.memory != NULL:
+        if self.memory.data != NULL:
             raise ValueError("Stepper: __init__ may be called once")
         self.layers = len(packs)
         self.packs = packs
@@ -491,7 +522,7 @@ cdef class Stepper:
         take(&self.views, h, PyBUF_WRITABLE, <void **>&self.h)
         take(&self.views, c, PyBUF_WRITABLE, <void **>&self.c)
         self.memory = allocate(sum_of(tables + 3 * self.layers * here, workspace))
-        at = <char *>aligned(self.memory)
+        at = <char *>self.memory.data
         self.args = <rf_forward_args *>at
         at += tables
         memset(self.args, 0, self.layers * sizeof(rf_forward_args))
@@ -514,7 +545,7 @@ cdef class Stepper:
 
     def __dealloc__(self):
         release(&self.views)
-        PyMem_Free(self.memory)
+        rf_block_give(self.memory)
 
     cdef int run(self, Py_ssize_t T, void *x, void *y, char *between, void *workspace) except -1:
         """T steps of all layers; `between` holds [2][T, B, H], or is NULL for one step's own place.
@@ -607,11 +638,12 @@ cdef class Stepper:
         cdef Views views
         cdef void *from_
         cdef void *to
-        cdef void *memory = NULL
+        cdef rf_block memory
         cdef Py_ssize_t T, most = 0
         cdef Pack pack
         cdef rf_shape shape
         cdef Py_ssize_t between
+        memory.data = NULL
         views.n = 0
         try:
             take(&views, x, 0, &from_)
@@ -627,12 +659,11 @@ cdef class Stepper:
             memory = allocate(sum_of(between, most))
             self.take()
             try:
-                self.run(T, from_, to, <char *>aligned(memory),
-                         <char *>aligned(memory) + between)
+                self.run(T, from_, to, <char *>memory.data, <char *>memory.data + between)
             finally:
                 self.busy = False
         finally:
-            PyMem_Free(memory)
+            rf_block_give(memory)
             release(&views)
 
 

@@ -11,6 +11,7 @@ a pair of such tuples for two; or what `pack` made of either. Gates are in PyTor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORWARD, BACKWARD = _kernels.FORWARD, _kernels.BACKWARD
+KEPT_FROM = 64 * 1024  # bytes; below, NumPy's own memory is as fast
 NEEDS = ("x", "state", *PARAMETERS)
 
 
@@ -110,9 +112,9 @@ def run_forward(
     tape = Tape()
     tape.cell, tape.x, tape.lengths, tape.reverse = cell.name, x, lengths, reverse
     tape.batch_first = tape.unbatched = False
-    tape.gates = gates = np.empty((D, T, B, tape_gates, H), dtype) if tape_gates else None
-    tape.h = h = np.empty((D, T + 1, B, H), dtype)
-    tape.c = c = None if c_n is None else np.empty((D, T + 1, B, H), dtype)
+    tape.gates = gates = new_array((D, T, B, tape_gates, H), dtype) if tape_gates else None
+    tape.h = h = new_array((D, T + 1, B, H), dtype)
+    tape.c = c = None if c_n is None else new_array((D, T + 1, B, H), dtype)
     tape.plan, tape.threads = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c,
         reverse, config.threads, config.plan,
@@ -282,13 +284,25 @@ def _forward(
     return result, (h_n, c_n) if pair else h_n, tape
 
 
+def new_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array with any contents; a large one lies in memory that is kept when the array goes.
+
+    Fresh pages are cleared by the system as they are touched, which would cost small layers as
+    much time as all of their computation.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < KEPT_FROM:
+        return np.empty(shape, dtype)
+    return np.ndarray(shape, dtype, _kernels.Memory(nbytes))
+
+
 def new_sequence(
     T: int, B: int, N: int, dtype: np.dtype, batch_first: bool, unbatched: bool
 ) -> np.ndarray:
     """A fresh sequence in the caller's layout: [T, B, N], [B, T, N], or [T, N]."""
     if unbatched:
-        return np.empty((T, N), dtype)
-    return np.empty((B, T, N) if batch_first else (T, B, N), dtype)
+        return new_array((T, N), dtype)
+    return new_array((B, T, N) if batch_first else (T, B, N), dtype)
 
 
 def as_steps(array: np.ndarray, batch_first: bool, unbatched: bool) -> np.ndarray:

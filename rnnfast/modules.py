@@ -21,6 +21,7 @@ from .functional import (
     FORWARD,
     Tape,
     as_steps,
+    new_array,
     new_sequence,
     run_backward,
     run_forward,
@@ -330,7 +331,7 @@ class Recurrent:
             result = new_sequence(T, B, N, dtype, batch_first, unbatched)
             y = as_steps(result, batch_first, unbatched)
         else:
-            y = result = np.empty((T, B, N), dtype)
+            y = result = new_array((T, B, N), dtype)
         call = self._dropout_calls
         if L == 1:
             packs = self._kept(FORWARD)
@@ -360,7 +361,7 @@ class Recurrent:
         results = []
         for layer in range(L):
             packed = packs[layer] if packs else self._pack(layer, FORWARD)
-            y_layer = y if layer == L - 1 else np.empty(y.shape, y.dtype)
+            y_layer = y if layer == L - 1 else new_array(y.shape, y.dtype)
             h_in, c_in, h_out, c_out = _own(layer, D, h_0, c_0, h_n, c_n)
             ran = run_forward(
                 self._cell, packed, x, h_in, c_in, y_layer, h_out, c_out, lengths, False, train
@@ -368,7 +369,7 @@ class Recurrent:
             results.append(ran)
             x = y_layer
             if train and p and layer < L - 1:
-                x = np.empty(y.shape, y.dtype)
+                x = new_array(y.shape, y.dtype)
                 _kernels.dropout(y_layer, x, p, seed, call, layer, config.threads, config.plan)
         return tuple(results)
 
@@ -415,7 +416,7 @@ class Recurrent:
         for layer in reversed(range(L)):
             packed = packs[layer] if packs else self._pack(layer, BACKWARD)
             if layer:
-                dx = np.empty((T, B, N), dtype)
+                dx = new_array((T, B, N), dtype)
             else:
                 dx = as_steps(dx_result, batch_first, unbatched) if need_dx else None
             dh_last, dc_last, dh_first, dc_first = _own(layer, D, dh_n, dc_n, dh_0, dc_0)
@@ -423,7 +424,7 @@ class Recurrent:
                 packed, layers[layer], dy, dh_last, dc_last, dx, dh_first, dc_first, grads[layer]
             )
             if layer and p:  # the mask between this layer and the one below
-                dy = np.empty_like(dx)
+                dy = new_array(dx.shape, dtype)
                 run = config.threads, config.plan
                 _kernels.dropout(dx, dy, p, seed, call, layer - 1, *run)
             else:
