@@ -260,8 +260,9 @@ cdef class Memory:
     cdef rf_block block
     cdef Py_ssize_t nbytes
 
-    def __cinit__(self, Py_ssize_t nbytes):
-        self.block.data = NULL
+    def __init__(self, Py_ssize_t nbytes):
+        if self.block.data != NULL:
+            raise ValueError("Memory: __init__ may be called once")
         self.block = allocate(nbytes)
         self.nbytes = nbytes
 

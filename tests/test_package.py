@@ -122,7 +122,6 @@ def compiled_parameters(name: str, owner: str = "") -> list[str]:
     source = STUB.with_suffix(".pyx").read_text(encoding="utf-8")
     if owner:
         source = re.split(r"^\S", source.partition(f"cdef class {owner}:")[2], flags=re.M)[0]
-    name = name.replace("__init__", "__c?init__")
     (text,) = re.findall(rf"^{'    ' if owner else ''}def {name}\((.*?)\)\s*:", source, re.M | re.S)
     # Each is "name", "type name" or "type *name", with or without a default.
     return [
