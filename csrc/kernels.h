@@ -58,19 +58,28 @@ typedef struct {
     int ran_threads; /* out: workers that had work */
 } rf_run;
 
-/* Tape, in processing order: slot s of a reversed direction is its s-th processed step. Slots of
- * steps past a row's length are neither written nor read. Gt tape gates, see rnnfast/cells.py. */
+/* A call may process a slice of the steps, [step0, step1) of 0..T in the order in which they are
+ * processed: a reversed direction begins with each row's last valid step. Its states before are
+ * those before step0, its states after those after step1, or after a row's last step if that comes
+ * earlier. Slices in a row, each given what the one before it returned, make what one call makes,
+ * to the bit; backward's at certain borders alone, see backward_panel_steps. Of the padding of y
+ * and dx, a slice zeroes times [step0, step1).
+ *
+ * Tape of S = step1 - step0 steps, in processing order: slot s of a reversed direction is its
+ * (step0 + s)-th processed step. Slots of steps past a row's length are neither written nor read.
+ * Gt tape gates, see rnnfast/cells.py. */
 typedef struct {
-    void *gates; /* [D, T, B, Gt, H]; NULL where Gt = 0, or no tape is kept */
-    void *h;     /* [D, T+1, B, H], slot 0 = h_0; NULL: no tape is kept */
-    void *c;     /* [D, T+1, B, H], or NULL where the cell has no c */
+    void *gates; /* [D, S, B, Gt, H]; NULL where Gt = 0, or no tape is kept */
+    void *h;     /* [D, S+1, B, H], slot 0 = h_0; NULL: no tape is kept */
+    void *c;     /* [D, S+1, B, H], or NULL where the cell has no c */
 } rf_tape;
 
 typedef struct {
     rf_shape shape;
     int reverse;              /* bit d: direction d runs from the last valid step to the first */
+    ptrdiff_t step0, step1;   /* the slice; 0 and T: all of it */
     rf_seq x;                 /* in  [T, B, I] */
-    rf_seq y;                 /* out [T, B, D*H]; zeros past a row's length */
+    rf_seq y;                 /* out [T, B, D*H], or data NULL; zeros past a row's length */
     const ptrdiff_t *lengths; /* in  [B], each in 0..T; NULL: all T */
     const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_FORWARD) */
     const void *h_0, *c_0;               /* in  [D, B, H], or NULL: zeros */
@@ -83,14 +92,18 @@ typedef struct {
 typedef struct {
     rf_shape shape;
     int reverse;
-    rf_seq x; /* in  [T, B, I]; the forward call's; data may be NULL if no dW */
+    ptrdiff_t step0, step1; /* the slice, which must be the tape's; 0 and T: all of it */
+    int add_dx;             /* dx is added to, its padding left: it is another direction's */
+    int add_grads;          /* grads are added to: they are the later slices' */
+    rf_seq x;               /* in  [T, B, I]; the forward call's; data may be NULL if no dW */
     const ptrdiff_t *lengths;
     const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_BACKWARD) */
     rf_tape tape;                        /* in, never written */
     rf_seq dy;               /* in  [T, B, D*H], data NULL: zeros; not read past a row's length */
-    const void *dh_n, *dc_n; /* in  [D, B, H], or NULL: zeros */
+    const void *dh_n, *dc_n; /* in  [D, B, H], or NULL: zeros; of rows that end before step0 too */
     rf_seq dx;               /* out [T, B, I], or data NULL; zeros past a row's length */
-    void *dh_0, *dc_0;       /* out [D, B, H], or NULL */
+    void *dh_0, *dc_0;       /* out [D, B, H], or NULL; a row that ends before step0 has its dh_n,
+                              * dc_n here. May alias dh_n, dc_n */
     rf_weights grads[RF_MAX_DIRECTIONS]; /* out, each pointer NULL if not wanted; overwritten */
     void *workspace;                     /* backward_workspace() bytes, 64-byte aligned */
     rf_run run;
@@ -107,6 +120,10 @@ typedef struct {
     int (*forward)(rf_forward_args *args);
     ptrdiff_t (*backward_workspace)(const rf_shape *shape, int threads);
     int (*backward)(rf_backward_args *args);
+    /* Borders of backward's slices lie at a multiple of so many steps before the end of the longest
+     * row; with two directions, which add to one dx, all slices of the first come first, so that
+     * each is given to calls of its own, with D = 1. */
+    ptrdiff_t (*backward_panel_steps)(const rf_shape *shape);
     void (*vmath)(rf_vmath_id f, ptrdiff_t n, const void *in, void *out);
     /* Multiplies and adds in registers alone, on `threads` workers; returns the operations done:
      * what the benchmarks time as the machine's peak. */

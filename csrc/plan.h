@@ -10,14 +10,14 @@
 /* Numbers copied or drawn that are worth as much. */
 #define RF_WORKER_NUMBERS (64 * 1024)
 
-/* Workers for one call of `passes` times the forward products (backward takes 2, and 1 to recompute
- * and to wait). No more than rows: a worker owns whole rows. */
-static inline int plan_workers(const rf_shape *s, const rf_run *run, int passes) {
+/* Workers for one call of so many steps and `passes` times the forward products (backward takes 2,
+ * and 1 to recompute and to wait). No more than rows: a worker owns whole rows. */
+static inline int plan_workers(const rf_shape *s, ptrdiff_t steps, const rf_run *run, int passes) {
     ptrdiff_t most = run->threads < s->B ? run->threads : s->B;
     if (run->plan == RF_PLAN_AUTO) {
         /* 4 gates, and an activation counted as 50 operations. */
         const double row = 4.0 * (double)s->H * (2.0 * (double)(s->I + s->H) + 50.0);
-        const double all = passes * row * (double)s->T * (double)s->B * s->directions;
+        const double all = passes * row * (double)steps * (double)s->B * s->directions;
         if (all < RF_WORKER_OPERATIONS * (double)most)
             most = (ptrdiff_t)(all / RF_WORKER_OPERATIONS);
     }

@@ -89,6 +89,7 @@ cdef extern from "kernels.h":
     ctypedef struct rf_forward_args:
         rf_shape shape
         int reverse
+        Py_ssize_t step0, step1
         rf_seq x, y
         const Py_ssize_t *lengths
         const void *pack[2]
@@ -102,6 +103,8 @@ cdef extern from "kernels.h":
     ctypedef struct rf_backward_args:
         rf_shape shape
         int reverse
+        Py_ssize_t step0, step1
+        int add_dx, add_grads
         rf_seq x
         const Py_ssize_t *lengths
         const void *pack[2]
@@ -136,6 +139,7 @@ cdef extern from "kernels.h":
         int (*forward)(rf_forward_args *) noexcept nogil
         Py_ssize_t (*backward_workspace)(const rf_shape *, int) noexcept nogil
         int (*backward)(rf_backward_args *) noexcept nogil
+        Py_ssize_t (*backward_panel_steps)(const rf_shape *) noexcept nogil
         void (*vmath)(rf_vmath_id, Py_ssize_t, const void *, void *) noexcept nogil
         double (*multiply_add)(Py_ssize_t, int) noexcept nogil
         int (*dropout)(
@@ -404,6 +408,7 @@ def forward(
         args.shape = pack.shape
         args.shape.T = views.view[0].shape[0]
         args.shape.B = views.view[0].shape[1]
+        args.step0, args.step1 = 0, args.shape.T
         take_seq(&views, y, PyBUF_WRITABLE, &args.y)
         agree(&views)
         take(&views, h_0, 0, <void **>&args.h_0)
@@ -445,6 +450,8 @@ def backward(
         args.shape = pack.shape
         args.shape.T = views.view[0].shape[0]
         args.shape.B = views.view[0].shape[1]
+        args.step0, args.step1 = 0, args.shape.T
+        args.add_dx = args.add_grads = 0
         take(&views, lengths, 0, <void **>&args.lengths)
         take(&views, gates, 0, &args.tape.gates)
         take(&views, h_tape, 0, &args.tape.h)
@@ -557,7 +564,7 @@ cdef class Stepper:
         for i in range(self.layers):
             pack = <Pack>self.packs[i]
             args = self.args[i]
-            args.shape.T = T
+            args.shape.T = args.step1 = T
             args.x.data = x
             args.x.step = args.shape.B * args.shape.I
             args.y.step = args.shape.B * args.shape.H

@@ -564,7 +564,7 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
         lengths = (ptrdiff_t *)b->data;
     }
 
-    rf_forward_args f = {.shape = *s, .reverse = p->reverse, .lengths = lengths};
+    rf_forward_args f = {.shape = *s, .reverse = p->reverse, .step1 = s->T, .lengths = lengths};
     f.run = (rf_run){.threads = v->threads, .plan = v->plan};
     f.x = seq_in(&run, "x", p, v->x_layout, s->I, p->param[X]);
     f.y = seq_out(&run, "y", p, v->y_layout, D * H);
@@ -609,7 +609,8 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
         if (b->data == f.tape.gates || b->data == f.tape.h || b->data == f.tape.c) protect(b);
     }
 
-    rf_backward_args g = {.shape = *s, .reverse = p->reverse, .lengths = lengths, .tape = f.tape};
+    rf_backward_args g = {
+        .shape = *s, .reverse = p->reverse, .step1 = s->T, .lengths = lengths, .tape = f.tape};
     g.run = (rf_run){.threads = v->threads, .plan = v->plan};
     if (WANTED(DW_IH)) g.x = f.x;
     for (int d = 0; d < D; d++)
@@ -923,6 +924,7 @@ static void check_poll(void) {
         const rf_run run = {
             .threads = threads, .plan = RF_PLAN_BATCH, .poll = poll_count, .poll_context = &p};
         rf_forward_args f = {.shape = s,
+                             .step1 = s.T,
                              .x = {x, s.B * s.I, s.I},
                              .y = {y, s.B * s.H, s.H},
                              .pack = {pack[0]},
@@ -932,6 +934,7 @@ static void check_poll(void) {
                              .workspace = workspace[0],
                              .run = run};
         rf_backward_args g = {.shape = s,
+                              .step1 = s.T,
                               .x = f.x,
                               .dy = f.y,
                               .dx = {dx, s.B * s.I, s.I},
