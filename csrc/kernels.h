@@ -20,7 +20,8 @@ typedef enum {
 } rf_cell_id;
 
 typedef enum { RF_F32, RF_F64, RF_N_DTYPES } rf_dtype;
-typedef enum { RF_PLAN_AUTO, RF_PLAN_SERIAL, RF_PLAN_BATCH, RF_N_PLANS } rf_plan;
+/* Who does what: one worker all; each some rows of the batch; each some hidden units. */
+typedef enum { RF_PLAN_AUTO, RF_PLAN_SERIAL, RF_PLAN_BATCH, RF_PLAN_UNITS, RF_N_PLANS } rf_plan;
 typedef enum { RF_PACK_FORWARD, RF_PACK_BACKWARD } rf_pack_kind;
 typedef enum { RF_EXP, RF_TANH, RF_SIGMOID, RF_N_VMATH } rf_vmath_id;
 
@@ -54,7 +55,7 @@ typedef struct {
     int plan;     /* rf_plan */
     rf_poll poll; /* or NULL */
     void *poll_context;
-    int ran_plan;    /* out: RF_PLAN_SERIAL or RF_PLAN_BATCH */
+    int ran_plan;    /* out: any but RF_PLAN_AUTO */
     int ran_threads; /* out: workers that had work */
 } rf_run;
 

@@ -10,18 +10,56 @@
 /* Numbers copied or drawn that are worth as much. */
 #define RF_WORKER_NUMBERS (64 * 1024)
 
-/* Workers for one call of so many steps and `passes` times the forward products (backward takes 2,
- * and 1 to recompute and to wait). No more than rows: a worker owns whole rows. */
-static inline int plan_workers(const rf_shape *s, ptrdiff_t steps, const rf_run *run, int passes) {
-    ptrdiff_t most = run->threads < s->B ? run->threads : s->B;
+/* Costs of a step, in ns: a core's products per ns, bytes per ns that it reads from its own cache
+ * of so many bytes and from what all cores share, and a barrier. Only ratios matter, and they
+ * matter little: where the two plans are close, either will do. */
+#define RF_CORE_OPERATIONS 100.0
+#define RF_CORE_BYTES (1024.0 * 1024.0)
+#define RF_OWN_BANDWIDTH 60.0
+#define RF_SHARED_BANDWIDTH 20.0
+#define RF_BARRIER_NS 500.0
+/* Rows at most of a call whose units are shared out: each worker keeps pointers to all rows. */
+#define RF_UNITS_MOST_ROWS 512
+
+/* How a call's work is shared out. */
+typedef struct {
+    int plan; /* rf_plan, but not auto */
+    int workers;
+} layer_plan;
+
+static inline double plan_step_ns(double operations, double bytes, int waits) {
+    const double compute = operations / RF_CORE_OPERATIONS;
+    const double read =
+        bytes / (bytes < 0.9 * RF_CORE_BYTES ? RF_OWN_BANDWIDTH : RF_SHARED_BANDWIDTH);
+    return (compute > read ? compute : read) + waits * RF_BARRIER_NS;
+}
+
+/* For a call of so many steps and `passes` times the forward products (backward takes 2, and 1 to
+ * recompute and to wait): with one worker for each 1e6 operations at most, rows are shared out or,
+ * where a step is faster so, units. `groups`: how many parts the units can be cut into; `waits`:
+ * barriers of a step then; `bytes`: of the weights that a step reads. */
+static inline layer_plan plan_layer(const rf_shape *s, ptrdiff_t steps, const rf_run *run,
+                                    int passes, ptrdiff_t groups, int waits, double bytes) {
+    const int threads = run->threads;
+    const int by_rows = (int)(s->B < threads ? s->B : threads);
+    const int by_units = (int)(groups < threads ? groups : threads);
+    layer_plan plan = {RF_PLAN_BATCH, by_rows};
+    const int possible = by_units > 1 && s->B <= RF_UNITS_MOST_ROWS;
+    if (run->plan == RF_PLAN_UNITS && possible) plan = (layer_plan){RF_PLAN_UNITS, by_units};
     if (run->plan == RF_PLAN_AUTO) {
         /* 4 gates, and an activation counted as 50 operations. */
         const double row = 4.0 * (double)s->H * (2.0 * (double)(s->I + s->H) + 50.0);
-        const double all = passes * row * (double)steps * (double)s->B * s->directions;
-        if (all < RF_WORKER_OPERATIONS * (double)most)
-            most = (ptrdiff_t)(all / RF_WORKER_OPERATIONS);
+        const double step = row * (double)s->B;
+        const double all = passes * step * (double)steps * s->directions;
+        const double rows = by_rows > 1 ? (double)((s->B + by_rows - 1) / by_rows) : (double)s->B;
+        if (possible && plan_step_ns(step / by_units, bytes / by_units, waits) <
+                            plan_step_ns(row * rows, bytes, 0))
+            plan = (layer_plan){RF_PLAN_UNITS, by_units};
+        if (all < RF_WORKER_OPERATIONS * plan.workers)
+            plan.workers = (int)(all / RF_WORKER_OPERATIONS);
     }
-    return run->plan == RF_PLAN_SERIAL || most < 1 ? 1 : (int)most;
+    if (run->plan == RF_PLAN_SERIAL || plan.workers <= 1) plan = (layer_plan){RF_PLAN_SERIAL, 1};
+    return plan;
 }
 
 /* Workers for a pass over so many numbers. */

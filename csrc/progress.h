@@ -40,10 +40,10 @@ static inline stop_flag stop_flag_make(const rf_run *run) {
 }
 
 /* Runs the workers of a call and notes what ran; nonzero if the call was ended early. */
-static inline int run_workers(rf_run *run, int threads, void (*work)(void *, rf_team *, int),
-                              void *call, stop_flag *flag) {
+static inline int run_workers(rf_run *run, int plan, int threads,
+                              void (*work)(void *, rf_team *, int), void *call, stop_flag *flag) {
     run->ran_threads = rf_pool_run(threads, work, call);
-    run->ran_plan = run->ran_threads > 1 ? RF_PLAN_BATCH : RF_PLAN_SERIAL;
+    run->ran_plan = run->ran_threads > 1 ? plan : RF_PLAN_SERIAL;
     return atomic_load(&flag->stop) || run->ran_threads == 0;
 }
 

@@ -151,7 +151,7 @@ cdef extern from "kernels.h":
 
 FORWARD = RF_PACK_FORWARD
 BACKWARD = RF_PACK_BACKWARD
-PLANS = ("auto", "serial", "batch")
+PLANS = ("auto", "serial", "batch", "units")
 
 
 cdef tuple _isas():

@@ -29,12 +29,14 @@ from rnnfast import _kernels
 from rnnfast.cells import CELLS
 
 # Odd batches that no number of threads divides; more rows, and more terms of a sum, than a panel
-# of a sum has; few rows and many, which the kernels may treat differently, but not in their bits.
+# of a sum has; few rows and many, which the kernels may treat differently, but not in their bits;
+# few rows of many units.
 SHAPES = (
     Shape(9, 29, 5, 17),
     Shape(3, 13, 300, 40),
     Shape(4, 150, 9, 6),
     Shape(70, 8, 3, 5),
+    Shape(5, 3, 20, 200),
 )
 THREADS = (1, 2, 3, 7)
 LENGTHS = ("none", "with zero")
@@ -71,6 +73,22 @@ def per_row(case):
     return ["y", *states, *(name for name in gradients(case) if "[" not in name)]
 
 
+def unit_groups(case, isa):
+    """Into how many parts the units of a layer can be cut, forward and backward: in a register tile
+    of four vectors lie four unit blocks, or one where the gates of a block fill it."""
+    vector = {"base": 16, "avx2": 32, "avx512": 64}[isa] // np.dtype(case.dtype).itemsize
+    blocks = -(-case.shape.H // vector)
+    forward = blocks if case.cell in ("lstm", "gru") else -(-blocks // 4)
+    return forward, -(-blocks // 4)
+
+
+def expected_units(workers, case, threads):
+    """What runs when units are asked for; where they cannot be cut, rows are."""
+    if workers > 1:
+        return "units", workers
+    return "batch", min(threads, case.shape.B)
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("cell", "direction", "dtype", "isa"), KERNELS)
 def test_threads_and_plans(cell, direction, dtype, isa, lengths, use_isa):
@@ -83,9 +101,13 @@ def test_threads_and_plans(cell, direction, dtype, isa, lengths, use_isa):
         for threads, plan in itertools.product(THREADS, _kernels.PLANS):
             got, ran = run_kernel(case, threads=threads, plan=plan)
             if plan == "batch" and threads > 1:
-                assert ran == (("batch", threads), ("batch", threads)), f"{case}; {threads=}"
+                workers = min(threads, case.shape.B)
+                assert ran == (("batch", workers), ("batch", workers)), f"{case}; {threads=}"
             if plan == "serial":
                 assert ran == (("serial", 1), ("serial", 1))
+            if plan == "units" and threads > 1:
+                for (kind, workers), most in zip(ran, unit_groups(case, isa), strict=True):
+                    assert (kind, workers) == expected_units(min(threads, most), case, threads)
             for name in want:
                 context = f"{threads=} {plan=} {ran=}; {case}; isa={isa}"
                 assert_same_bits(name, got[name], want[name], context=context)
@@ -96,7 +118,7 @@ def test_threads_and_plans(cell, direction, dtype, isa, lengths, use_isa):
 def test_splits_of_the_batch(cell, direction, dtype, isa, lengths, use_isa):
     """y, states, dx and dstate of a batch, and of its parts in calls of their own."""
     use_isa(isa)
-    for shape, sizes in zip(SHAPES, ((1, 5, 11), (6, 1), (130, 20), (3, 1)), strict=True):
+    for shape, sizes in zip(SHAPES, ((1, 5, 11), (6, 1), (130, 20), (3, 1), (2, 1)), strict=True):
         case = Case(cell, shape, direction, dtype, lengths)
         want, ran = run_kernel(case, threads=2, plan="batch")
         assert ran == (("batch", 2), ("batch", 2))
@@ -114,7 +136,7 @@ def test_splits_of_the_batch(cell, direction, dtype, isa, lengths, use_isa):
 def test_chunks_of_a_stream(cell, dtype, isa, lengths, use_isa):
     """y and states of a sequence, and of its chunks, each starting from the states of the last."""
     use_isa(isa)
-    for shape, sizes in zip(SHAPES, ((1,), (2, 1), (1, 3), (1, 33, 5)), strict=True):
+    for shape, sizes in zip(SHAPES, ((1,), (2, 1), (1, 3), (1, 33, 5), (2,)), strict=True):
         case = Case(cell, shape, "forward", dtype, lengths)
         given = make_inputs(case)
         want, ran = run_kernel(case, threads=3, plan="batch", tape=False)

@@ -31,9 +31,10 @@ typedef struct {
     T *const *m;            /* out of stage 0, operand of stage 1 */
 } forward_block;
 
-/* All units of a block of rows at one step, backward. */
+/* The same, backward. */
 typedef struct {
     ptrdiff_t H, rows;
+    ptrdiff_t unit0, unit1;
     const T *const *gates, *const *h_prev, *const *h, *const *c_prev, *const *c; /* in: tape */
     const T *const *dy; /* in, or NULL: zeros */
     T *const *dh;       /* in: carried from step t+1, without dy; out: carried past the products */
@@ -57,9 +58,9 @@ typedef struct {
 } cell;
 
 /* Loops of a pointwise part over rows r and vectors of units u; n is the number of units left. */
-#define FOR_UNITS(block, from, to)                                                                 \
+#define FOR_UNITS(block)                                                                           \
     for (ptrdiff_t r = 0; r < (block)->rows; r++)                                                  \
-        for (ptrdiff_t u = (from), n; n = (to) - u, u < (to); u += W)
+        for (ptrdiff_t u = (block)->unit0, n; n = (block)->unit1 - u, n > 0; u += W)
 
 /* The pre-activation in a slot. */
 RF_INLINE vec z_slot(const forward_block *b, ptrdiff_t r, ptrdiff_t u, int slots, int slot) {
