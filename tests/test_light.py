@@ -103,7 +103,7 @@ def test_same_bits(cell, direction, dtype, isa, use_isa, settings, small_slices)
         case = Case(cell, shape, direction, dtype, lengths)
         settings(1)
         want, _, _ = run(case, "full")
-        for threads, plan in ((1, "auto"), (2, "batch"), (3, "batch")):
+        for threads, plan in ((1, "auto"), (2, "batch"), (3, "batch"), (3, "units")):
             settings(threads, plan)
             got, tape, _ = run(case, "light")
             assert tape.gates is None and tape.steps > 0

@@ -538,9 +538,8 @@ static const void *run_pack(run_buffers *run, const problem *p, const rf_kernels
 static void check_ran(const char *where, const variant *v, const rf_run *run) {
     const int serial = run->ran_plan == RF_PLAN_SERIAL;
     const int shared = run->ran_plan == RF_PLAN_BATCH || run->ran_plan == RF_PLAN_UNITS;
-    if ((!serial && !shared) || run->ran_threads < 1 ||
-        run->ran_threads > v->threads || (serial && run->ran_threads != 1) ||
-        (v->plan == RF_PLAN_SERIAL && !serial))
+    if ((!serial && !shared) || run->ran_threads < 1 || run->ran_threads > v->threads ||
+        (serial && run->ran_threads != 1) || (v->plan == RF_PLAN_SERIAL && !serial))
         fail(where, "the plan or the threads that ran are none that were allowed");
 }
 
@@ -918,7 +917,7 @@ static void check_problem(problem *p, int each_gradient, const int *threads, int
                 result_free(&other);
             }
             const variant sliced = {.threads = 1 + (int)random_below(3),
-                                    .plan = RF_PLAN_BATCH,
+                                    .plan = random_below(2) ? RF_PLAN_BATCH : RF_PLAN_UNITS,
                                     .x_layout = (int)random_below(3),
                                     .y_layout = (int)random_below(3),
                                     .odd = (int)random_below(2)};
@@ -978,9 +977,8 @@ typedef struct {
 static void *call_often(void *arg) {
     const concurrent *c = arg;
     for (int i = 0; i < 10; i++) {
-        const variant v = {.threads = 4,
-                           .plan = i % 2 ? RF_PLAN_BATCH : RF_PLAN_UNITS,
-                           .inference = i % 3 == 0};
+        const variant v = {
+            .threads = 4, .plan = i % 2 ? RF_PLAN_BATCH : RF_PLAN_UNITS, .inference = i % 3 == 0};
         result r = run_kernels(c->p, c->k, &v, 1);
         check_same_bits(describe(c->p, c->k, &v).text, c->p, &r, c->alone);
         result_free(&r);
