@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,16 +168,17 @@ def run_backward(
         if dx is not None:
             dx[T:] = 0
             dx = dx[:T]
-        # Scratch: the tape of one slice, its last states, and what is carried from slice to slice.
+        # Scratch: the tape of one slice, its last states, and what slices carry to those before.
         steps, tape_gates = min(tape.steps, T), len(CELLS[tape.cell].tape_gates)
-        gates = new_array((steps, B, tape_gates, H), x.dtype) if tape_gates else None
-        h, c, h_n, c_n, dh, dc = (
-            None if shape is None else new_array(shape, x.dtype)
-            for one in ((steps + 1, B, H), (B, H), (D, B, H))
-            for shape in (one, None if c is None else one)
-        )
+        slots, one, all_states = (steps + 1, B, H), (B, H), (D, B, H)
+        new = partial(new_array, dtype=x.dtype)
+        gates = new((steps, B, tape_gates, H)) if tape_gates else None
+        h, h_n, c_n = new(slots), new(one), None
+        dh_0 = new(all_states) if dh_0 is None else dh_0
+        if c is not None:
+            c, c_n = new(slots), new(one)
+            dc_0 = new(all_states) if dc_0 is None else dc_0
         light = tape.pack, tape.steps, tape.h, tape.c, h_n, c_n
-        dh_0, dc_0 = dh if dh_0 is None else dh_0, dc if dc_0 is None else dc_0
     return _kernels.backward(
         packed, x, tape.lengths, gates, h, c, dy, dh_n, dc_n, dx, dh_0, dc_0,
         grads, tape.reverse, config.threads, config.plan, light,

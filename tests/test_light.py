@@ -403,17 +403,16 @@ def test_an_altered_tape_is_refused(label, change, small_slices):
 
 # ---------------------------------------------------------------------------------------- Ctrl-C
 
-# Slices of a millisecond or so: shorter than the time that the engine lets pass in a call before it
-# asks for signals.
+# Slices of some milliseconds: less than the engine lets pass in a call before it asks for signals.
 INTERRUPTED = """
     import json, os, signal, threading, time
     import numpy as np
     import rnnfast
 
-    rnnfast.set_num_threads(2)
-    module = rnnfast.LSTM(64, 64, bidirectional=True, seed=1)
-    x = np.broadcast_to(np.full(64, 0.5, np.float32), (60_000, 16, 64))
-    dy = np.broadcast_to(np.full(128, 0.5, np.float32), (60_000, 16, 128))
+    rnnfast.set_num_threads(1)
+    module = rnnfast.LSTM(512, 64, seed=1)
+    x = np.broadcast_to(np.full(512, 0.5, np.float32), (20_000, 16, 512))
+    dy = np.broadcast_to(np.full(64, 0.5, np.float32), (20_000, 16, 64))
     if {name!r} == "backward":
         tape = module.forward_train(x, tape="light")[2]
     module.flat_grads += 1
