@@ -42,6 +42,14 @@ class Pack:
     kind: int  # FORWARD or BACKWARD
     nbytes: int
 
+    def __deepcopy__(self, memo: Any) -> Pack: ...
+
+def panel_steps(pack: Pack, B: int) -> int:
+    """A light tape's slices must be multiples of so many steps, to leave backward's bits alone."""
+
+def workspace(pack: Pack, T: int, B: int, threads: int) -> int:
+    """Bytes of scratch that a call with this pack takes, or -1 if that overflows."""
+
 def pack(
     cell: int,
     weights: tuple[tuple[Any, Any, Any, Any], ...],
@@ -61,13 +69,17 @@ def forward(
     c_n: Any,  # out [D, B, H] or None
     lengths: Any,  # intp [B] or None
     gates: Any,  # out [D, T, B, Gt, H] or None: no tape. Rows past a length are not written
-    h_tape: Any,  # out [D, T+1, B, H] or None
-    c_tape: Any,  # out [D, T+1, B, H] or None
+    h_tape: Any,  # out [D, T+1, B, H] or None; of a light tape [K, D, B, H]
+    c_tape: Any,  # likewise
     reverse: bool,  # D = 1: from each row's last valid step to its first. D = 2: the second does
     threads: int,
     plan: int,
+    steps: int = 0,  # of a slice, K = max(1, ceil(T / steps)) in all: a light tape; 0: a full one
 ) -> tuple[str, int]:
-    """Returns the plan and number of threads that ran. May raise MemoryError, KeyboardInterrupt."""
+    """Returns the plan and number of threads that ran. May raise MemoryError, KeyboardInterrupt.
+
+    A light tape has the states before each slice: those of processed steps, cut from the end.
+    """
 
 def backward(
     pack: Pack,  # kind BACKWARD
@@ -86,8 +98,14 @@ def backward(
     reverse: bool,
     threads: int,
     plan: int,
+    light: tuple[Pack, int, Any, Any, Any, Any] | None = None,
 ) -> tuple[str, int]:
-    """Outputs are overwritten, not added to; the tape is never written."""
+    """Outputs are overwritten, not added to; the tape is never written.
+
+    `light`, for a light tape: forward's pack and steps, the tape's h and c (None where the cell has
+    no c), and scratch h_n [B, H] and c_n. Then gates [steps, B, Gt, H], h_tape [steps+1, B, H] and
+    c_tape are scratch too, which holds one slice, and dh_0 (and dc_0) must be there.
+    """
 
 class Stepper:
     """Layers with fixed packs and their own states, D = 1; runs a block of steps without a check.

@@ -64,6 +64,11 @@ cdef extern from "pool.h":
     int rf_cpu_count()
 
 
+cdef extern from "progress.h":
+    const double RF_POLL_SECONDS
+    double progress_clock() nogil
+
+
 cdef extern from "kernels.h":
     ctypedef struct rf_shape:
         int cell, directions
@@ -197,7 +202,7 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 20
+    MOST_VIEWS = 24
 
 
 cdef struct Views:
@@ -319,6 +324,12 @@ cdef class Pack:
     def __dealloc__(self):
         rf_block_give(self.memory)
 
+    def __deepcopy__(self, memo):
+        return self  # it never changes
+
+    def __reduce__(self):
+        raise TypeError("a pack cannot be pickled: it is for this machine's kernels alone")
+
     @property
     def isa(self):
         return (<bytes>self.kernels.isa).decode()
@@ -393,13 +404,150 @@ cdef inline int reversed_bits(Pack pack, bint reverse) noexcept:
     return 2 if pack.shape.directions == 2 else <int>reverse
 
 
+def panel_steps(Pack pack, Py_ssize_t B):
+    cdef rf_shape shape = pack.shape
+    shape.B = B
+    return pack.kernels.backward_panel_steps(&shape)
+
+
+def workspace(Pack pack, Py_ssize_t T, Py_ssize_t B, int threads):
+    cdef rf_shape shape = pack.shape
+    shape.T, shape.B = T, B
+    if pack.kind == RF_PACK_FORWARD:
+        return pack.kernels.forward_workspace(&shape, threads)
+    return pack.kernels.backward_workspace(&shape, threads)
+
+
+# Slices of a light tape are cut from the end, where backward begins: the first may be shorter.
+
+cdef inline Py_ssize_t slices_of(Py_ssize_t T, Py_ssize_t steps) noexcept nogil:
+    return max(1, (T + steps - 1) // steps)
+
+
+cdef inline Py_ssize_t slice_start(
+    Py_ssize_t T, Py_ssize_t steps, Py_ssize_t slices, Py_ssize_t k
+) noexcept nogil:
+    return max(0, T - (slices - k) * steps)
+
+
+cdef inline int poll_between(double *next_poll) noexcept nogil:
+    """Between slices, which may each end before the engine asks for the first time."""
+    cdef double now = progress_clock()
+    if now < next_poll[0]:
+        return 0
+    next_poll[0] = now + RF_POLL_SECONDS
+    return poll(NULL)
+
+
+cdef inline void note_ran(rf_run *most, rf_run *run) noexcept nogil:
+    """Of several calls, what ran in the one with most threads."""
+    if run.ran_threads > most.ran_threads:
+        most[0] = run[0]
+
+
+cdef inline void copy_or_clear(void *to, const void *from_, size_t bytes) noexcept nogil:
+    if from_ != NULL:
+        memcpy(to, from_, bytes)
+    else:
+        memset(to, 0, bytes)
+
+
+cdef int forward_slices(
+    const rf_kernels *kernels, rf_forward_args *args, char *h, char *c, Py_ssize_t steps
+) noexcept nogil:
+    """Forward without a tape, but for the states before each slice: h and c [K, D, B, H]."""
+    cdef rf_shape *s = &args.shape
+    cdef Py_ssize_t k, slices = slices_of(s.T, steps)
+    cdef size_t state = s.directions * s.B * s.H * kernels.element
+    cdef void *h_n = args.h_n
+    cdef void *c_n = args.c_n
+    cdef double next_poll = progress_clock() + RF_POLL_SECONDS
+    cdef rf_run ran
+    ran.ran_threads = 0
+    copy_or_clear(h, args.h_0, state)
+    if c != NULL:
+        copy_or_clear(c, args.c_0, state)
+    for k in range(slices):
+        args.step0 = slice_start(s.T, steps, slices, k)
+        args.step1 = slice_start(s.T, steps, slices, k + 1)
+        args.h_0 = h + k * state
+        args.h_n = h + (k + 1) * state if k + 1 < slices else h_n
+        if c != NULL:
+            args.c_0 = c + k * state
+            args.c_n = c + (k + 1) * state if k + 1 < slices else c_n
+        if kernels.forward(args) or poll_between(&next_poll):
+            return 1
+        note_ran(&ran, &args.run)
+    args.run = ran
+    return 0
+
+
+cdef int backward_slices(
+    Pack pack, Pack forward_pack, rf_backward_args *args, const char *h, const char *c,
+    void *h_last, void *c_last, Py_ssize_t steps,
+) noexcept nogil:
+    """Backward from the states before each slice, h and c [K, D, B, H]: of each direction, slice by
+    slice, forward again into args.tape, which has room for one slice, then backward."""
+    cdef rf_forward_args f
+    cdef rf_backward_args g
+    cdef rf_shape *s = &args.shape
+    cdef Py_ssize_t k, slices = slices_of(s.T, steps)
+    cdef size_t state = s.B * s.H * pack.kernels.element
+    cdef int d
+    cdef double next_poll = progress_clock() + RF_POLL_SECONDS
+    cdef rf_run ran
+    ran.ran_threads = 0
+    memset(&f, 0, sizeof(f))
+    for d in range(s.directions):
+        g = args[0]
+        g.shape.directions = 1
+        g.reverse = args.reverse >> d & 1
+        g.add_dx = d > 0
+        g.pack[0] = args.pack[d]
+        g.grads[0] = args.grads[d]
+        if g.dy.data != NULL:
+            g.dy.data = <char *>args.dy.data + d * s.H * pack.kernels.element
+        if g.dh_n != NULL:
+            g.dh_n = <char *>args.dh_n + d * state
+        if g.dc_n != NULL:
+            g.dc_n = <char *>args.dc_n + d * state
+        g.dh_0 = <char *>args.dh_0 + d * state
+        if g.dc_0 != NULL:
+            g.dc_0 = <char *>args.dc_0 + d * state
+        f.shape = g.shape
+        f.reverse = g.reverse
+        f.x = g.x
+        f.lengths = g.lengths
+        f.pack[0] = forward_pack.direction[d]
+        f.h_n, f.c_n = h_last, c_last
+        f.tape = g.tape
+        f.workspace = g.workspace
+        f.run = g.run
+        for k in range(slices - 1, -1, -1):
+            g.step0 = f.step0 = slice_start(s.T, steps, slices, k)
+            g.step1 = f.step1 = slice_start(s.T, steps, slices, k + 1)
+            f.h_0 = h + (k * s.directions + d) * state
+            if c != NULL:
+                f.c_0 = c + (k * s.directions + d) * state
+            if (forward_pack.kernels.forward(&f) or pack.kernels.backward(&g)
+                    or poll_between(&next_poll)):
+                return 1
+            note_ran(&ran, &g.run)
+            g.add_grads = 1
+            g.dh_n, g.dc_n = g.dh_0, g.dc_0
+    args.run = ran
+    return 0
+
+
 def forward(
     Pack pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape,
-    bint reverse, int threads, int plan,
+    bint reverse, int threads, int plan, Py_ssize_t steps=0,
 ):
     cdef Views views
     cdef rf_forward_args args
     cdef rf_block memory
+    cdef char *h_light
+    cdef char *c_light
     cdef int failed, i
     memory.data = NULL
     views.n = 0
@@ -426,7 +574,12 @@ def forward(
         memory = allocate(pack.kernels.forward_workspace(&args.shape, threads))
         args.workspace = memory.data
         with nogil:
-            failed = pack.kernels.forward(&args)
+            if steps:
+                h_light, c_light = <char *>args.tape.h, <char *>args.tape.c
+                args.tape.h = args.tape.c = NULL
+                failed = forward_slices(pack.kernels, &args, h_light, c_light, steps)
+            else:
+                failed = pack.kernels.forward(&args)
         rf_propagate(failed)
     finally:
         rf_block_give(memory)
@@ -436,11 +589,19 @@ def forward(
 
 def backward(
     Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
-    bint reverse, int threads, int plan,
+    bint reverse, int threads, int plan, tuple light=None,
 ):
     cdef Views views
     cdef rf_backward_args args
+    cdef rf_shape one
     cdef rf_block memory
+    cdef Py_ssize_t size, steps = 0
+    cdef Pack forward_pack = None
+    cdef void *h_light = NULL
+    cdef void *c_light = NULL
+    cdef void *h_last = NULL
+    cdef void *c_last = NULL
+    cdef int tape_flags = 0 if light is None else PyBUF_WRITABLE
     cdef int failed, d
     memory.data = NULL
     views.n = 0
@@ -453,9 +614,9 @@ def backward(
         args.step0, args.step1 = 0, args.shape.T
         args.add_dx = args.add_grads = 0
         take(&views, lengths, 0, <void **>&args.lengths)
-        take(&views, gates, 0, &args.tape.gates)
-        take(&views, h_tape, 0, &args.tape.h)
-        take(&views, c_tape, 0, &args.tape.c)
+        take(&views, gates, tape_flags, &args.tape.gates)
+        take(&views, h_tape, tape_flags, &args.tape.h)
+        take(&views, c_tape, tape_flags, &args.tape.c)
         take_seq(&views, dy, 0, &args.dy)
         if dy is not None:
             agree(&views)
@@ -476,10 +637,25 @@ def backward(
                 take(&views, db_hh, PyBUF_WRITABLE, &args.grads[d].b_hh)
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
-        memory = allocate(pack.kernels.backward_workspace(&args.shape, threads))
+        size = pack.kernels.backward_workspace(&args.shape, threads)
+        if light is not None:
+            forward_pack, steps, h, c, h_n, c_n = light
+            take(&views, h, 0, &h_light)
+            take(&views, c, 0, &c_light)
+            take(&views, h_n, PyBUF_WRITABLE, &h_last)
+            take(&views, c_n, PyBUF_WRITABLE, &c_last)
+            one = args.shape
+            one.directions = 1
+            size = most_of(pack.kernels.backward_workspace(&one, threads),
+                           forward_pack.kernels.forward_workspace(&one, threads))
+        memory = allocate(size)
         args.workspace = memory.data
         with nogil:
-            failed = pack.kernels.backward(&args)
+            if steps:
+                failed = backward_slices(pack, forward_pack, &args, <char *>h_light,
+                                         <char *>c_light, h_last, c_last, steps)
+            else:
+                failed = pack.kernels.backward(&args)
         rf_propagate(failed)
     finally:
         rf_block_give(memory)

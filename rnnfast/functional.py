@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ __all__ = [
 ]  # fmt: skip
 
 FORWARD, BACKWARD = _kernels.FORWARD, _kernels.BACKWARD
+TAPES = "full", "light"
+SLICE_BYTES = 1 << 20  # of a light tape's slice at least, once it is computed again
 KEPT_FROM = 64 * 1024  # bytes; below, NumPy's own memory is as fast
 NEEDS = ("x", "state", *PARAMETERS)
 
@@ -34,23 +37,27 @@ class Tape:
     """What one layer's forward saves for its backward: plain arrays in processing order.
 
     Slot s of a reversed direction is its s-th processed step. Slots past a row's length mean
-    nothing.
+    nothing. A light tape keeps the states before each of K slices of the steps alone; its slices
+    have `steps` steps each, but for the first, which has what is left of the longest row.
 
     - `cell`: name in CELLS
     - `x` [T, B, I], any strides: a view of the input, or of the copy that was made of it. To change
       its numbers before backward is an error of the caller's, and makes wrong gradients
     - `lengths` [B] intp, or None
     - `gates` [D, T, B, Gt, H], or None if Gt = 0
-    - `h` [D, T+1, B, H], slot 0 the initial state
+    - `h` [D, T+1, B, H], slot 0 the initial state; of a light tape [K, D, B, H], and no gates
     - `c` likewise, or None if the cell has no c
+    - `steps`, `pack`: of a light tape; 0 and None of a full one. The pack is a copy of the weights,
+      with which backward computes a slice again
     - `reverse`: one direction, from each row's last valid step to its first
     - `batch_first`, `unbatched`: how the caller's arrays are laid out
     - `plan`, `threads`, `isa`: what ran
+    - `nbytes`: of all that it keeps but x
     """
 
     __slots__ = (
-        "batch_first", "c", "cell", "gates", "h", "isa", "lengths", "plan", "reverse", "threads",
-        "unbatched", "x",
+        "batch_first", "c", "cell", "gates", "h", "isa", "lengths", "pack", "plan", "reverse",
+        "steps", "threads", "unbatched", "x",
     )  # fmt: skip
 
     cell: str
@@ -59,6 +66,8 @@ class Tape:
     gates: np.ndarray | None
     h: np.ndarray
     c: np.ndarray | None
+    steps: int
+    pack: Any
     reverse: bool
     batch_first: bool
     unbatched: bool
@@ -69,9 +78,16 @@ class Tape:
     def __repr__(self) -> str:
         if not hasattr(self, "threads"):  # what a forward sets last but one
             return "Tape()"
-        D, T, B, H = self.h.shape[0], self.h.shape[1] - 1, self.h.shape[2], self.h.shape[3]
-        sizes = f"T={T}, B={B}, I={self.x.shape[-1]}, H={H}, D={D}"
+        T, B, I = self.x.shape
+        D, H = self.h.shape[1 if self.steps else 0], self.h.shape[-1]
+        sizes = f"T={T}, B={B}, I={I}, H={H}, D={D}" + f", steps={self.steps}" * bool(self.steps)
         return f"Tape({self.cell!r}, {sizes}, plan={self.plan!r}, threads={self.threads})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the tape keeps, but for x: the arrays, and a light one's pack."""
+        kept = self.gates, self.h, self.c, self.pack
+        return sum(part.nbytes for part in kept if part is not None)
 
 
 class Gradients(NamedTuple):
@@ -96,13 +112,13 @@ class Gradients(NamedTuple):
 def run_forward(
     cell: Cell, packed: Any, x: np.ndarray, h_0: np.ndarray | None, c_0: np.ndarray | None,
     y: np.ndarray, h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None,
-    reverse: bool, train: bool,
+    reverse: bool, kind: str | None,
 ) -> tuple[str, int] | Tape:  # fmt: skip
-    """One layer forward into y, h_n, c_n. Returns what ran, or with `train` the tape, which knows.
+    """One layer forward into y, h_n, c_n. Returns what ran, or a tape of a kind, which knows.
 
     x [T, B, I], y [T, B, D*H]: any strides but the last; states [D, B, H]; lengths [B] intp.
     """
-    if not train:
+    if kind is None:
         return _kernels.forward(
             packed, x, y, h_0, c_0, h_n, c_n, lengths, None, None, None,
             reverse, config.threads, config.plan,
@@ -112,12 +128,23 @@ def run_forward(
     tape = Tape()
     tape.cell, tape.x, tape.lengths, tape.reverse = cell.name, x, lengths, reverse
     tape.batch_first = tape.unbatched = False
-    tape.gates = gates = new_array((D, T, B, tape_gates, H), dtype) if tape_gates else None
-    tape.h = h = new_array((D, T + 1, B, H), dtype)
-    tape.c = c = None if c_n is None else new_array((D, T + 1, B, H), dtype)
+    tape.steps, tape.pack, gates = 0, None, None
+    states = D, T + 1, B, H
+    if kind == "light":
+        T = _longest(lengths, T, B)
+        tape.pack = packed
+        tape.steps, slices = _slices(cell, packed, T, B)
+        states = slices, D, B, H
+        y[T:] = 0
+        x, y = x[:T], y[:T]
+    elif tape_gates:
+        gates = new_array((D, T, B, tape_gates, H), dtype)
+    tape.gates = gates
+    tape.h = h = new_array(states, dtype)
+    tape.c = c = None if c_n is None else new_array(states, dtype)
     tape.plan, tape.threads = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c,
-        reverse, config.threads, config.plan,
+        reverse, config.threads, config.plan, tape.steps,
     )  # fmt: skip
     tape.isa = packed.isa
     return tape
@@ -132,14 +159,54 @@ def run_backward(
 
     `grads` has one (dW, dR, db_ih, db_hh) per direction. Returns what ran.
     """
+    x, gates, h, c, light = tape.x, tape.gates, tape.h, tape.c, None
+    if tape.steps:
+        T, B, _ = x.shape
+        _, D, _, H = h.shape
+        T = _longest(tape.lengths, T, B)
+        x, dy = x[:T], None if dy is None else dy[:T]
+        if dx is not None:
+            dx[T:] = 0
+            dx = dx[:T]
+        # Scratch: the tape of one slice, its last states, and what slices carry to those before.
+        steps, tape_gates = min(tape.steps, T), len(CELLS[tape.cell].tape_gates)
+        slots, one, all_states = (steps + 1, B, H), (B, H), (D, B, H)
+        new = partial(new_array, dtype=x.dtype)
+        gates = new((steps, B, tape_gates, H)) if tape_gates else None
+        h, h_n, c_n = new(slots), new(one), None
+        dh_0 = new(all_states) if dh_0 is None else dh_0
+        if c is not None:
+            c, c_n = new(slots), new(one)
+            dc_0 = new(all_states) if dc_0 is None else dc_0
+        light = tape.pack, tape.steps, tape.h, tape.c, h_n, c_n
     return _kernels.backward(
-        packed, tape.x, tape.lengths, tape.gates, tape.h, tape.c, dy, dh_n, dc_n, dx, dh_0, dc_0,
-        grads, tape.reverse, config.threads, config.plan,
+        packed, x, tape.lengths, gates, h, c, dy, dh_n, dc_n, dx, dh_0, dc_0,
+        grads, tape.reverse, config.threads, config.plan, light,
     )  # fmt: skip
 
 
-def tape_numbers(cell: Cell, T: int, B: int, H: int, directions: int) -> int:
-    """How many numbers a layer's tape holds, x aside."""
+def _longest(lengths: np.ndarray | None, T: int, B: int) -> int:
+    """Steps of the longest row."""
+    return T if lengths is None or B == 0 else int(lengths.max())
+
+
+def _slices(cell: Cell, packed: Any, longest: int, B: int) -> tuple[int, int]:
+    """Steps of a light tape's slices, and how many slices: about as many as they have steps.
+
+    So the states before all slices, which the tape keeps, and the tape of one slice, which backward
+    makes, both grow with the root of T; unless a slice would be too small for several threads.
+    """
+    panel = _kernels.panel_steps(packed, B)
+    numbers = B * packed.hidden_size * (len(cell.tape_gates) + len(cell.states))
+    least = SLICE_BYTES // max(1, numbers * _dtype(packed).itemsize)
+    steps = panel * -(-max(1, math.isqrt(longest), least) // panel)
+    return steps, max(1, -(-longest // steps))
+
+
+def tape_numbers(cell: Cell, T: int, B: int, H: int, directions: int, kind: str) -> int:
+    """How many numbers a layer's tape holds, x aside; of a light one, no more than a guess."""
+    if kind == "light":
+        T = math.isqrt(T)
     return directions * B * H * (T * len(cell.tape_gates) + (T + 1) * len(cell.states))
 
 
@@ -164,23 +231,31 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtyp
             checks.fail(ValueError, "tape", *altered)
         if tape.cell != cell.name:
             checks.fail(ValueError, "tape", f"one of cell {tape.cell!r}", f"one of {cell.name!r}")
-        if (x.shape[2], h.shape[3], h.shape[0]) != sizes or h.dtype != dtype:
+        light = type(tape.steps) is int and tape.steps > 0
+        if (x.shape[2], h.shape[3], h.shape[1 if light else 0]) != sizes or h.dtype != dtype:
             I, H, D = sizes
             needs = f"one with I={I}, H={H}, D={D} in {dtype}"
             checks.fail(ValueError, "tape", f"{tape!r} in {h.dtype}", needs)
         T, B, _ = x.shape
-        D, _, _, H = h.shape
-        states, gates = (D, T + 1, B, H), len(cell.tape_gates)
+        I, H, D = sizes
+        states, gates = (D, T + 1, B, H), 0 if light else len(cell.tape_gates)
         if lengths is not None and _is(lengths, (B,), checks.INTP):
             tape.lengths = lengths = lengths.copy()
+        right = (lengths is None or _is(lengths, (B,), checks.INTP)) and (
+            lengths is None or B == 0 or 0 <= lengths.min() <= lengths.max() <= T
+        )
+        if not light:
+            right = right and tape.pack is None and type(tape.steps) is int and tape.steps == 0
+        elif right := right and _is_pack_of(tape.pack, cell, sizes, dtype):
+            steps, slices = _slices(cell, tape.pack, _longest(lengths, T, B), B)
+            right, states = steps == tape.steps, (slices, D, B, H)
         right = (
-            _is(h, states, dtype)
+            right
+            and _is(h, states, dtype)
             and _is(tape.c, states if "c" in cell.states else None, dtype)
             and _is(tape.gates, (D, T, B, gates, H) if gates else None, dtype)
             and x.dtype == dtype
             and checks.has_rows(x)
-            and (lengths is None or _is(lengths, (B,), checks.INTP))
-            and (lengths is None or B == 0 or 0 <= lengths.min() <= lengths.max() <= T)
             and type(tape.reverse) is type(tape.batch_first) is type(tape.unbatched) is bool
             and (B == 1 or not tape.unbatched)
         )
@@ -189,6 +264,16 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtyp
     if not right:
         checks.fail(ValueError, "tape", *altered)
     return own
+
+
+def _is_pack_of(pack: Any, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtype) -> bool:
+    return (
+        type(pack) is _kernels.Pack
+        and pack.nbytes > 0
+        and (pack.kind, pack.cell) == (FORWARD, cell.number)
+        and (pack.input_size, pack.hidden_size, pack.directions) == sizes
+        and _dtype(pack) == dtype
+    )
 
 
 def _is(array: Any, shape: tuple[int, ...] | None, dtype: np.dtype) -> bool:
@@ -249,11 +334,15 @@ def _dtype(packed: Any) -> np.dtype:
 
 def _forward(
     cell: Cell, x: Any, state: Any, weights: Any, lengths: Any, batch_first: bool, reverse: bool,
-    train: bool,
+    train: bool, tape: str,
 ) -> tuple[np.ndarray, Any, Tape | None]:  # fmt: skip
     batch_first = checks.boolean("batch_first", batch_first)
     reverse = checks.boolean("reverse", reverse)
-    train = checks.boolean("train", train)
+    kind = checks.choice("tape", tape, TAPES)
+    if not checks.boolean("train", train):
+        if kind != "full":
+            checks.fail(ValueError, "tape", f"{kind!r} with train=False", "train=True")
+        kind = None
     packed, _ = _pack(cell, weights, FORWARD)
     H, D, dtype = packed.hidden_size, packed.directions, _dtype(packed)
     if reverse and D == 2:
@@ -261,7 +350,7 @@ def _forward(
         checks.fail(ValueError, "reverse", "True", needs)
     x, unbatched = checks.sequence("x", x, dtype, packed.input_size, batch_first)
     T, B, _ = x.shape
-    numbers = (T + 2) * B * D * H + (tape_numbers(cell, T, B, H, D) if train else 0)
+    numbers = (T + 2) * B * D * H + (tape_numbers(cell, T, B, H, D, kind) if kind else 0)
     checks.room("x", max(numbers, x.size), dtype.itemsize)
     pair = "c" in cell.states
     h_0 = c_0 = None
@@ -274,14 +363,12 @@ def _forward(
     h_n = np.empty((D, B, H), dtype)
     c_n = np.empty((D, B, H), dtype) if pair else None
     y = as_steps(result, batch_first, unbatched)
-    ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, reverse, train)
-    tape = None
-    if train:
-        tape = ran
-        tape.batch_first, tape.unbatched = batch_first, unbatched
+    ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, reverse, kind)
+    if kind:
+        ran.batch_first, ran.unbatched = batch_first, unbatched
     if unbatched:
         h_n, c_n = h_n[:, 0], None if c_n is None else c_n[:, 0]
-    return result, (h_n, c_n) if pair else h_n, tape
+    return result, (h_n, c_n) if pair else h_n, ran if kind else None
 
 
 def new_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -376,7 +463,7 @@ def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
         h_0, c_0 = checks.step_states(names, state, pair, dtype, (B, H), unbatched)
     y, h_n = np.empty((1, B, H), dtype), np.empty((1, B, H), dtype)
     c_n = np.empty((1, B, H), dtype) if pair else None
-    run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, None, False, False)
+    run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, None, False, None)
     h, c = (None if s is None else s[0, 0] if unbatched else s[0] for s in (h_n, c_n))
     return (h, c) if pair else h
 
@@ -394,13 +481,14 @@ def _gru(reset_after: bool) -> Cell:
 
 def lstm_forward(
     x: Any, state: Any, weights: Any, *, lengths: Any = None, batch_first: bool = False,
-    reverse: bool = False, train: bool = True,
+    reverse: bool = False, train: bool = True, tape: str = "full",
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], Tape | None]:  # fmt: skip
     """A layer of LSTM cells through time (equations: `rnnfast.reference.lstm_step`).
 
     x [T, B, I], [B, T, I] with `batch_first`, or [T, I]; state: (h_0, c_0), each [D, B, H]
     ([D, H] for an x of two dimensions), or None for zeros; lengths [B], the valid steps of each
-    row; reverse: one direction, from each row's last valid step to its first.
+    row; reverse: one direction, from each row's last valid step to its first; tape: "light" keeps
+    states at some sqrt(T) steps alone, and backward computes all others again, to the same bits.
 
     Returns y [T, B, D*H] in the layout of x, zero past a row's length; (h_n, c_n), the states
     after each row's last valid step; and the tape, None without `train`. Raises TypeError,
@@ -412,7 +500,7 @@ def lstm_forward(
     >>> y.shape, h_n.shape, tape.gates.shape
     ((3, 2, 1), (1, 2, 1), (1, 3, 2, 4, 1))
     """
-    return _forward(CELLS["lstm"], x, state, weights, lengths, batch_first, reverse, train)
+    return _forward(CELLS["lstm"], x, state, weights, lengths, batch_first, reverse, train, tape)
 
 
 def lstm_backward(
@@ -449,7 +537,7 @@ def lstm_step(x: Any, state: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]
 
 def rnn_forward(
     x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh", lengths: Any = None,
-    batch_first: bool = False, reverse: bool = False, train: bool = True,
+    batch_first: bool = False, reverse: bool = False, train: bool = True, tape: str = "full",
 ) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
     """A layer of simple recurrent cells, "tanh" or "relu", through time.
 
@@ -463,7 +551,7 @@ def rnn_forward(
     ([[1.0], [3.0], [7.0]], [[7.0]])
     """
     cell = _rnn(nonlinearity)
-    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train)
+    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train, tape)
 
 
 def rnn_backward(
@@ -495,7 +583,7 @@ def rnn_step(x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh") ->
 
 def gru_forward(
     x: Any, state: Any, weights: Any, *, reset_after: bool = True, lengths: Any = None,
-    batch_first: bool = False, reverse: bool = False, train: bool = True,
+    batch_first: bool = False, reverse: bool = False, train: bool = True, tape: str = "full",
 ) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
     """A layer of gated recurrent units through time; the reset gate after the product, or before.
 
@@ -509,7 +597,7 @@ def gru_forward(
     ((2, 4, 1), (1, 4, 1), (1, 2, 4, 4, 1))
     """
     cell = _gru(reset_after)
-    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train)
+    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train, tape)
 
 
 def gru_backward(

@@ -44,6 +44,7 @@ class StackTape:
 
     - `layers`: one `functional.Tape` per layer
     - `plan`, `threads`, `isa`: what ran; of layers that differ, the one with most threads
+    - `nbytes`: of all that it keeps but the module's input
 
     It belongs to the module that made it, as do its copies; no other module takes it.
     """
@@ -58,6 +59,12 @@ class StackTape:
         self.plan, self.threads, self.isa = most.plan, most.threads, most.isa
         self._dropout = dropout  # probability, seed, call: what the masks are made of
         self._owner = owner  # the module's token
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the tape keeps: the layers' tapes, and the input of all but the first."""
+        between = sum(layer.x.nbytes for layer in self.layers[1:])
+        return between + sum(layer.nbytes for layer in self.layers)
 
     def __repr__(self) -> str:
         return f"StackTape({', '.join(map(repr, getattr(self, 'layers', ())))})"
@@ -286,26 +293,34 @@ class Recurrent:
         >>> y.shape, h_n.shape, c_n.shape
         ((7, 2, 5), (1, 2, 5), (1, 2, 5))
         """
-        y, state_n, _ = self._forward(x, state, lengths, False)
+        y, state_n, _ = self._forward(x, state, lengths, None)
         return y, state_n
 
     def forward_train(
-        self, x: Any, state: Any = None, lengths: Any = None
+        self, x: Any, state: Any = None, lengths: Any = None, *, tape: str = "full"
     ) -> tuple[np.ndarray, Any, StackTape]:
         """As a plain call, with dropout between layers and a tape for `backward`.
 
         The tape holds a view of x, not a copy, unless one had to be made; neither x nor the
         parameters may be changed before `backward`.
 
+        tape: "full" keeps gates and states of all steps; "light" keeps states at some sqrt(T) steps
+        of each layer, and `backward` computes the others again: far less memory for some third more
+        time, and the same bits. What one layer hands to the next is kept by both.
+
         >>> lstm = LSTM(3, 5)
-        >>> y, state, tape = lstm.forward_train(np.zeros((7, 2, 3), np.float32))
+        >>> x = np.zeros((10000, 2, 3), np.float32)
+        >>> y, state, tape = lstm.forward_train(x)
         >>> y.shape, len(tape.layers)
-        ((7, 2, 5), 1)
+        ((10000, 2, 5), 1)
+        >>> _, _, light = lstm.forward_train(x, tape="light")
+        >>> tape.nbytes // 10**5, light.nbytes // 10**5
+        (24, 0)
         """
-        return self._forward(x, state, lengths, True)
+        return self._forward(x, state, lengths, checks.choice("tape", tape, functional.TAPES))
 
     def _forward(
-        self, x: Any, state: Any, lengths: Any, train: bool
+        self, x: Any, state: Any, lengths: Any, kind: str | None
     ) -> tuple[np.ndarray, Any, StackTape | None]:
         cell, dtype, batch_first = self._cell, self._dtype, self._batch_first
         I, H, L, D = self._sizes
@@ -315,8 +330,8 @@ class Recurrent:
         # At most 16 numbers a layer: y, its dropped copy, states and gates of the tape, or less.
         if (T + 1) * B * (I + 16 * L * N) > checks.SURELY_SMALL:
             numbers = T * B * (I + 2 * N) + 2 * rows * B * H
-            if train:
-                numbers += L * (functional.tape_numbers(cell, T, B, H, D) + 2 * T * B * N)
+            if kind:
+                numbers += L * (functional.tape_numbers(cell, T, B, H, D, kind) + 2 * T * B * N)
             checks.room("x", numbers, dtype.itemsize)
         h_0 = c_0 = None
         if state is not None:
@@ -336,14 +351,14 @@ class Recurrent:
         if L == 1:
             packs = self._kept(FORWARD)
             packed = packs[0] if packs else self._pack(0, FORWARD)
-            ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, False, train)
+            ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, False, kind)
             tapes = (ran,)
         else:
-            tapes = self._forward_layers(x, h_0, c_0, y, h_n, c_n, lengths, train, call)
+            tapes = self._forward_layers(x, h_0, c_0, y, h_n, c_n, lengths, kind, call)
         if unbatched:
             h_n, c_n = h_n[:, 0], None if c_n is None else c_n[:, 0]
         state_n = h_n if c_n is None else (h_n, c_n)
-        if not train:
+        if kind is None:
             return result, state_n, None
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
@@ -352,7 +367,8 @@ class Recurrent:
 
     def _forward_layers(
         self, x: np.ndarray, h_0: np.ndarray | None, c_0: np.ndarray | None, y: np.ndarray,
-        h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None, train: bool, call: int,
+        h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None, kind: str | None,
+        call: int,
     ) -> tuple:  # fmt: skip
         """Layer upon layer, from x to y, both [T, B, ...]; returns what each of them returned."""
         _, _, L, D = self._sizes
@@ -364,11 +380,11 @@ class Recurrent:
             y_layer = y if layer == L - 1 else new_array(y.shape, y.dtype)
             h_in, c_in, h_out, c_out = _own(layer, D, h_0, c_0, h_n, c_n)
             ran = run_forward(
-                self._cell, packed, x, h_in, c_in, y_layer, h_out, c_out, lengths, False, train
+                self._cell, packed, x, h_in, c_in, y_layer, h_out, c_out, lengths, False, kind
             )
             results.append(ran)
             x = y_layer
-            if train and p and layer < L - 1:
+            if kind and p and layer < L - 1:
                 x = new_array(y.shape, y.dtype)
                 _kernels.dropout(y_layer, x, p, seed, call, layer, config.threads, config.plan)
         return tuple(results)
