@@ -157,4 +157,9 @@ RF_INLINE void store_lanes(T *p, ptrdiff_t n, vec v) {
         store_n(p, n, v);
 }
 
+/* memcpy of n numbers, for rows so short that a call would cost as much. */
+RF_INLINE void copy(T *to, const T *from, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += W) store_lanes(to + i, n - i, load_lanes(from + i, n - i));
+}
+
 #endif
