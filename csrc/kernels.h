@@ -106,7 +106,10 @@ typedef struct {
     void *dh_0, *dc_0;       /* out [D, B, H], or NULL; a row that ends before step0 has its dh_n,
                               * dc_n here. May alias dh_n, dc_n */
     rf_weights grads[RF_MAX_DIRECTIONS]; /* out, each pointer NULL if not wanted; overwritten */
-    void *workspace;                     /* backward_workspace() bytes, 64-byte aligned */
+    /* If D = 1, or each NULL: what those gradients are added to once they are complete; a call that
+     * is ended early adds nothing. `grads` is scratch then. Spares a pass over all of them. */
+    rf_weights add_to;
+    void *workspace; /* backward_workspace() bytes, 64-byte aligned */
     rf_run run;
 } rf_backward_args;
 

@@ -121,6 +121,7 @@ cdef extern from "kernels.h":
         void *dh_0
         void *dc_0
         rf_weights grads[2]
+        rf_weights add_to
         void *workspace
         rf_run run
     ctypedef enum rf_dtype:
@@ -500,6 +501,7 @@ cdef int backward_slices(
     memset(&f, 0, sizeof(f))
     for d in range(s.directions):
         g = args[0]
+        memset(&g.add_to, 0, sizeof(g.add_to))
         g.shape.directions = 1
         g.reverse = args.reverse >> d & 1
         g.add_dx = d > 0
@@ -524,13 +526,15 @@ cdef int backward_slices(
         f.workspace = g.workspace
         f.run = g.run
         for k in range(slices - 1, -1, -1):
+            if k == 0:
+                g.add_to = args.add_to
             g.step0 = f.step0 = slice_start(s.T, steps, slices, k)
             g.step1 = f.step1 = slice_start(s.T, steps, slices, k + 1)
             f.h_0 = h + (k * s.directions + d) * state
             if c != NULL:
                 f.c_0 = c + (k * s.directions + d) * state
             if (forward_pack.kernels.forward(&f) or pack.kernels.backward(&g)
-                    or poll_between(&next_poll)):
+                    or (k > 0 and poll_between(&next_poll))):  # none after grads were added to
                 return 1
             note_ran(&ran, &g.run)
             g.add_grads = 1
@@ -589,7 +593,7 @@ def forward(
 
 def backward(
     Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
-    bint reverse, int threads, int plan, tuple light=None,
+    bint reverse, int threads, int plan, tuple light=None, tuple add_to=None,
 ):
     cdef Views views
     cdef rf_backward_args args
@@ -606,6 +610,7 @@ def backward(
     memory.data = NULL
     views.n = 0
     memset(args.grads, 0, sizeof(args.grads))
+    memset(&args.add_to, 0, sizeof(args.add_to))
     try:
         take_seq(&views, x, 0, &args.x)
         args.shape = pack.shape
@@ -635,6 +640,12 @@ def backward(
                 take(&views, dR, PyBUF_WRITABLE, &args.grads[d].R)
                 take(&views, db_ih, PyBUF_WRITABLE, &args.grads[d].b_ih)
                 take(&views, db_hh, PyBUF_WRITABLE, &args.grads[d].b_hh)
+        if add_to is not None:
+            dW, dR, db_ih, db_hh = add_to
+            take(&views, dW, PyBUF_WRITABLE, &args.add_to.W)
+            take(&views, dR, PyBUF_WRITABLE, &args.add_to.R)
+            take(&views, db_ih, PyBUF_WRITABLE, &args.add_to.b_ih)
+            take(&views, db_hh, PyBUF_WRITABLE, &args.add_to.b_hh)
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
         size = pack.kernels.backward_workspace(&args.shape, threads)

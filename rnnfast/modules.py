@@ -9,6 +9,7 @@ T steps, B batch, I input size, H hidden size, L layers, D directions, as everyw
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,7 +119,9 @@ class Recurrent:
         # Views of the library's own: what a caller does to the shape of a public one is not seen.
         self._weights = self._by_layer(views_of(self._flat, self._shapes))
         self._packs: dict[int, list[Any]] | None = None  # by kind, kept while frozen
+        self._own_grads = self._by_layer(views_of(self._flat_grads, self._shapes))
         self._scratch: list[tuple[np.ndarray, tuple]] = []
+        self._adding = os.getpid(), threading.RLock()
         self._token = os.urandom(16)  # a copy gets its own: its parameters soon differ
         if fill:
             bound = 1 / np.sqrt(H)
@@ -421,8 +424,11 @@ class Recurrent:
             dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched)
         checks.room("tape", T * B * (I + 2 * N), dtype.itemsize)
 
-        # Into a buffer first: an interrupted call adds nothing to the gradients. It is kept for the
-        # next call, and off the list meanwhile, because threads may call at once.
+        # Into a buffer first: an interrupted call adds nothing to the gradients. The kernel of a
+        # single layer in one direction adds it itself, unless another thread is about to add. The
+        # buffer is kept for the next call, and off the list meanwhile: threads may call at once.
+        adding = self._adding_lock()
+        held = False
         scratch = self._scratch.pop() if self._scratch else self._new_scratch()
         fresh, grads = scratch
         dx_result = new_sequence(T, B, I, dtype, batch_first, unbatched) if need_dx else None
@@ -436,9 +442,16 @@ class Recurrent:
             else:
                 dx = as_steps(dx_result, batch_first, unbatched) if need_dx else None
             dh_last, dc_last, dh_first, dc_first = _own(layer, D, dh_n, dc_n, dh_0, dc_0)
-            run_backward(
-                packed, layers[layer], dy, dh_last, dc_last, dx, dh_first, dc_first, grads[layer]
-            )
+            if L == D == 1:
+                held = adding.acquire(blocking=False)
+            try:
+                run_backward(
+                    packed, layers[layer], dy, dh_last, dc_last, dx, dh_first, dc_first,
+                    grads[layer], self._own_grads[0][0] if held else None,
+                )  # fmt: skip
+            finally:
+                if held:
+                    adding.release()
             if layer and p:  # the mask between this layer and the one below
                 dy = new_array(dx.shape, dtype)
                 run = config.threads, config.plan
@@ -447,11 +460,20 @@ class Recurrent:
                 dy = dx
         if unbatched:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
-        with np.errstate(all="ignore"):  # NaN and inf are results
-            self._flat_grads += fresh
+        if not held:
+            with adding, np.errstate(all="ignore"):  # NaN and inf are results
+                self._flat_grads += fresh
         if not self._scratch:
             self._scratch.append(scratch)
         return dx_result, dh_0 if dc_0 is None else (dh_0, dc_0)
+
+    def _adding_lock(self) -> Any:
+        """Held by who adds to the gradients. Of this process: a fork leaves none to let it go."""
+        process, lock = self._adding
+        if process != os.getpid():
+            lock = threading.RLock()
+            self._adding = os.getpid(), lock
+        return lock
 
     def _new_scratch(self) -> tuple[np.ndarray, tuple]:
         """A buffer like `flat_grads`, and its views as `run_backward` takes them, by layer."""
