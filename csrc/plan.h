@@ -11,8 +11,7 @@
 #define RF_WORKER_NUMBERS (64 * 1024)
 
 /* Costs of a step, in ns: a core's products per ns, bytes per ns that it reads from its own cache
- * of so many bytes and from what all cores share, and a barrier. Only ratios matter, and they
- * matter little: where the two plans are close, either will do. */
+ * of so many bytes and from what all cores share, and a barrier. */
 #define RF_CORE_OPERATIONS 100.0
 #define RF_CORE_BYTES (1024.0 * 1024.0)
 #define RF_OWN_BANDWIDTH 60.0
@@ -31,7 +30,7 @@ static inline double plan_step_ns(double operations, double bytes, int waits) {
     const double compute = operations / RF_CORE_OPERATIONS;
     const double read =
         bytes / (bytes < 0.9 * RF_CORE_BYTES ? RF_OWN_BANDWIDTH : RF_SHARED_BANDWIDTH);
-    return (compute > read ? compute : read) + waits * RF_BARRIER_NS;
+    return compute + 0.5 * read + waits * RF_BARRIER_NS; /* half of the reading is hidden */
 }
 
 /* For a call of so many steps and `passes` times the forward products (backward takes 2, and 1 to
@@ -52,8 +51,9 @@ static inline layer_plan plan_layer(const rf_shape *s, ptrdiff_t steps, const rf
         const double step = row * (double)s->B;
         const double all = passes * step * (double)steps * s->directions;
         const double rows = by_rows > 1 ? (double)((s->B + by_rows - 1) / by_rows) : (double)s->B;
+        /* Where it is a close thing, workers that need not wait for each other are better off. */
         if (possible && plan_step_ns(step / by_units, bytes / by_units, waits) <
-                            plan_step_ns(row * rows, bytes, 0))
+                            0.9 * plan_step_ns(row * rows, bytes, 0))
             plan = (layer_plan){RF_PLAN_UNITS, by_units};
         if (all < RF_WORKER_OPERATIONS * plan.workers)
             plan.workers = (int)(all / RF_WORKER_OPERATIONS);
