@@ -132,6 +132,9 @@ typedef struct {
     /* Multiplies and adds in registers alone, on `threads` workers; returns the operations done:
      * what the benchmarks time as the machine's peak. */
     double (*multiply_add)(ptrdiff_t rounds, int threads);
+    /* Reads `rounds` times, on `threads` workers, each its own `bytes` (a multiple of 1 KiB) of
+     * data; returns the bytes read: what the benchmarks time as a cache's bandwidth. */
+    double (*read)(const void *data, ptrdiff_t bytes, ptrdiff_t rounds, int threads);
     /* out = in * mask / (1 - p) over [T, B, N]; the mask depends on (key, t, b, unit) alone. */
     int (*dropout)(ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf_seq in, rf_seq out, double p,
                    uint64_t key, rf_run *run);

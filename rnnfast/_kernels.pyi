@@ -147,3 +147,7 @@ def vmath(name: str, x: Any, out: Any) -> None:
 
 def multiply_add(dtype: str, rounds: int, threads: int) -> float:
     """Multiply-adds in registers, timed as the machine's peak; returns the operations done."""
+
+def read(nbytes: int, rounds: int, threads: int) -> float:
+    """Reads at least nbytes of memory, its own for each thread, over and over, timed as a cache's
+    bandwidth; returns the bytes read."""

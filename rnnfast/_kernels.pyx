@@ -148,6 +148,7 @@ cdef extern from "kernels.h":
         Py_ssize_t (*backward_panel_steps)(const rf_shape *) noexcept nogil
         void (*vmath)(rf_vmath_id, Py_ssize_t, const void *, void *) noexcept nogil
         double (*multiply_add)(Py_ssize_t, int) noexcept nogil
+        double (*read)(const void *, Py_ssize_t, Py_ssize_t, int) noexcept nogil
         int (*dropout)(
             Py_ssize_t, Py_ssize_t, Py_ssize_t, rf_seq, rf_seq, double, uint64_t, rf_run *
         ) noexcept nogil
@@ -912,3 +913,15 @@ def multiply_add(str dtype, Py_ssize_t rounds, int threads):
     with nogil:
         operations = kernels.multiply_add(rounds, threads)
     return operations
+
+
+def read(Py_ssize_t nbytes, Py_ssize_t rounds, int threads):
+    cdef rf_block memory
+    cdef double read
+    nbytes = (max(nbytes, 1) + 1023) // 1024 * 1024
+    memory = allocate(-1 if nbytes > PY_SSIZE_T_MAX // threads else nbytes * threads)
+    memset(memory.data, 0, nbytes * threads)
+    with nogil:
+        read = current[0].read(memory.data, nbytes, rounds, threads)
+    rf_block_give(memory)
+    return read
