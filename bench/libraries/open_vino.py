@@ -1,0 +1,88 @@
+"""OpenVINO, on a model with its weights inside.
+
+Knows its compiled models and requests; the model is `onnx_model`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..shapes import Problem, Shape
+from . import Library, Prepared, named, onnx_model
+
+
+class OpenVino(Library):
+    """Told to answer one request as soon as it can, and not to round to half precision.
+
+    Its recurrent layers are oneDNN's, which are held to AVX2; of its own kernels, the builds that
+    are published may use more.
+    """
+
+    @staticmethod
+    def environment(threads: int, isa: str | None) -> dict[str, str]:
+        # Its threads are TBB's, which count by affinity, as its options do.
+        return {"ONEDNN_MAX_CPU_ISA": "AVX2", "OV_CPU_MAX_ISA": "AVX2"} if isa else {}
+
+    def __init__(self, threads: int) -> None:
+        import onnx
+        import openvino
+
+        self.library = openvino
+        self.core = openvino.Core()
+        self.options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        version = openvino.__version__.partition("-")[0]
+        self.about = {"openvino": version, "onnx": onnx.__version__}
+
+    def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
+        if mode == "training":
+            raise NotImplementedError("no gradients")
+        if shape.dtype != "float32":
+            raise NotImplementedError(f"no recurrent layers in {shape.dtype}")
+        stream = mode == "stream"
+        model = self.core.read_model(onnx_model.model(shape, given, 1 if stream else shape.T))
+        compiled = self.core.compile_model(model, "CPU", self.options)
+        request = compiled.create_infer_request()
+        inputs = onnx_model.inputs(given)
+        return self._streamed(request, inputs) if stream else self._whole(request, inputs)
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        return self.library.Tensor(np.ascontiguousarray(array), shared_memory=True)
+
+    def _whole(self, request: Any, inputs: dict[str, np.ndarray]) -> Prepared:
+        for name, array in inputs.items():
+            request.set_tensor(name, self._tensor(array))
+
+        def arrays(value: None) -> dict:
+            names = ("y", *(name for name in ("h_n", "c_n") if f"{name[0]}_0" in inputs))
+            y, *states = (request.get_tensor(name).data for name in names)
+            return named(y, states)
+
+        return request.infer, arrays
+
+    def _streamed(self, request: Any, inputs: dict[str, np.ndarray]) -> Prepared:
+        steps = [self._tensor(x_t[None]) for x_t in inputs.pop("x")]
+        states = {name[0]: self._tensor(array.copy()) for name, array in inputs.items()}
+        for name, tensor in states.items():
+            request.set_tensor(f"{name}_0", tensor)
+        y = request.get_tensor("y").data
+
+        def stream() -> list:
+            ys = []
+            for x_t in steps:
+                request.set_tensor("x", x_t)
+                request.infer()
+                for name, tensor in states.items():
+                    tensor.data[...] = request.get_tensor(f"{name}_n").data
+                ys.append(y.copy())
+            return ys
+
+        def arrays(ys: list) -> dict:
+            return named(np.concatenate(ys), [tensor.data for tensor in states.values()])
+
+        return stream, arrays
