@@ -114,6 +114,11 @@ class PyTorch(Library):
 class Compiled(PyTorch):
     """`torch.compile` of the whole layer; without `allow_rnn` it would leave the layer as it is."""
 
+    @staticmethod
+    def environment(threads: int, isa: str | None) -> dict[str, str]:
+        alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes beside the one that is timed
+        return PyTorch.environment(threads, isa) | alone
+
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         import torch._dynamo
