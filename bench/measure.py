@@ -304,7 +304,9 @@ def measure(
         ready.append(worker)
 
     others = Others(worker.pid for worker in workers)
-    rounds = _rounds(ready, limit, pairs, seed)
+    rounds, failed = _rounds(ready, limit, pairs, seed)
+    left_out |= {name: f"failed: {reason}" for name, reason in failed.items()}
+    refused |= OURS in failed
     found = summary(rounds, counted, shape.bytes_read(mode))
     for name, figures in found.items():
         figures.update(first[name])
@@ -325,10 +327,14 @@ def measure(
 
 def _rounds(
     workers: list[Worker], limit: float | None, pairs: int, seed: int
-) -> dict[str, list[list[float]]]:
-    """The turns of each worker, by round; peers far behind are in the first few rounds only."""
+) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
+    """The turns of each worker, by round, and why those without any failed.
+
+    Peers far behind are in the first few rounds only.
+    """
     order, turns = random.Random(seed), list(workers)
     rounds: dict[str, list[list[float]]] = {worker.library: [] for worker in workers}
+    failed: dict[str, str] = {}
     began = time.monotonic()
     for made in range(pairs):
         if made and limit is not None and time.monotonic() - began >= limit:
@@ -336,10 +342,15 @@ def _rounds(
         if made == FEW:
             turns = [w for w in turns if w.library not in _behind(rounds)]
         order.shuffle(turns)
-        for worker in turns:
+        for worker in list(turns):
             time.sleep(GAP)
-            rounds[worker.library].append(worker.turn())
-    return rounds
+            try:
+                rounds[worker.library].append(worker.turn())
+            except Failed as reason:
+                turns.remove(worker)
+                del rounds[worker.library]
+                failed[worker.library] = str(reason)
+    return rounds, failed
 
 
 def _behind(rounds: dict[str, list[list[float]]]) -> set[str]:

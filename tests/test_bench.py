@@ -332,11 +332,37 @@ def test_rounds_go_on_without_those_far_behind(monkeypatch):
     monkeypatch.setattr(measure, "GAP", 0)
     times = {OURS: 50, "torch": 10, "jax": 19, "numpy": 21, PEAK: 100, BANDWIDTH: 100}
     fakes = [Fake(name, ms) for name, ms in times.items()]
-    rounds = measure._rounds(fakes, None, 8, 0)
+    rounds, failed = measure._rounds(fakes, None, 8, 0)
     assert {name: len(turns) for name, turns in rounds.items()} == {
         OURS: 8, "torch": 8, "jax": 8, "numpy": measure.FEW, PEAK: 8, BANDWIDTH: 8
     }  # fmt: skip
-    assert [len(turns) for turns in measure._rounds(fakes, 0.0, 8, 0).values()] == [1] * 6
+    rounds, failed = measure._rounds(fakes, 0.0, 8, 0)
+    assert [len(turns) for turns in rounds.values()] == [1] * 6 and not failed
+
+
+class Mortal(Fake):
+    """One that ends in its third turn."""
+
+    def turn(self):
+        if self.turns == 2:
+            raise measure.Failed("gone")
+        return super().turn()
+
+
+def test_who_ends_during_the_rounds_is_left_out(monkeypatch):
+    monkeypatch.setattr(measure, "GAP", 0)
+    rounds, failed = measure._rounds([Fake(OURS, 1), Mortal("jax", 1), Fake(PEAK, 1)], None, 8, 0)
+    assert {name: len(turns) for name, turns in rounds.items()} == {OURS: 8, PEAK: 8}
+    assert failed == {"jax": "gone"}
+
+
+def test_a_row_without_ours_is_refused(monkeypatch):
+    with measure.Worker(OURS, 1) as one:
+        monkeypatch.setattr(one, "turn", Mortal(OURS, 1).turn)
+        row = measure.measure(shape_of(TINY), "inference", [one], pairs=4)
+    assert row["refused"] and row["left_out"] == {OURS: "failed: gone"} and not row["results"]
+    found = made_up({"threads": 1, "isa": "avx2", **row})
+    assert all(len(table.lines[0]) == len(table.header) for table in report.tables(found)[:2])
 
 
 # ------------------------------------------------------------------------------ the command

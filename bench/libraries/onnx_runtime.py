@@ -48,18 +48,25 @@ class OnnxRuntime(Library):
 
     def _whole(self, session: Any, given: Problem) -> Prepared:
         binding = session.io_binding()
-        for name, array in onnx_model.inputs(given).items():
-            binding.bind_ortvalue_input(name, self._value(array))
-        results = []
-        for output in session.get_outputs():
-            results.append(self._value(np.empty(output.shape, given.x.dtype)))
-            binding.bind_ortvalue_output(output.name, results[-1])
+        inputs = {name: self._value(array) for name, array in onnx_model.inputs(given).items()}
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        outputs = {
+            output.name: self._value(np.empty(output.shape, given.x.dtype))
+            for output in session.get_outputs()
+        }
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
 
-        def arrays(value: None) -> dict:
-            y, *states = (result.numpy() for result in results)
+        def infer() -> tuple:
+            session.run_with_iobinding(binding)
+            return inputs, outputs  # kept with this function: the binding has addresses alone
+
+        def arrays(value: tuple) -> dict:
+            y, *states = (output.numpy() for output in value[1].values())
             return named(y, states)
 
-        return lambda: session.run_with_iobinding(binding), arrays
+        return infer, arrays
 
     def _streamed(self, session: Any, given: Problem) -> Prepared:
         """Two bindings in turn: each reads the states that the other has written."""
@@ -77,7 +84,7 @@ class OnnxRuntime(Library):
             bindings.append(binding)
         done = 0
 
-        def stream() -> list:
+        def stream() -> tuple:
             nonlocal done
             ys = []
             for x_t in steps:
@@ -86,9 +93,10 @@ class OnnxRuntime(Library):
                 session.run_with_iobinding(binding)
                 ys.append(y.numpy().copy())  # a view: the next step overwrites it
                 done += 1
-            return ys
+            return ys, states  # kept with this function: the bindings have addresses alone
 
-        def arrays(ys: list) -> dict:
+        def arrays(value: tuple) -> dict:
+            ys, states = value
             return named(np.concatenate(ys), [state.numpy() for state in states[done % 2]])
 
         return stream, arrays

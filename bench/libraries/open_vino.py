@@ -52,37 +52,46 @@ class OpenVino(Library):
         return self._streamed(request, inputs) if stream else self._whole(request, inputs)
 
     def _tensor(self, array: np.ndarray) -> Any:
-        return self.library.Tensor(np.ascontiguousarray(array), shared_memory=True)
+        """A view of an array, which has to be kept."""
+        return self.library.Tensor(array, shared_memory=True)
 
     def _whole(self, request: Any, inputs: dict[str, np.ndarray]) -> Prepared:
-        for name, array in inputs.items():
-            request.set_tensor(name, self._tensor(array))
+        tensors = {name: self._tensor(array) for name, array in inputs.items()}
+        for name, tensor in tensors.items():
+            request.set_tensor(name, tensor)
+        outputs = ["y", *(f"{name}_n" for name in onnx_model.STATES if f"{name}_0" in inputs)]
 
-        def arrays(value: None) -> dict:
-            names = ("y", *(name for name in ("h_n", "c_n") if f"{name[0]}_0" in inputs))
-            y, *states = (request.get_tensor(name).data for name in names)
+        def infer() -> tuple:
+            request.infer()
+            return inputs, tensors  # kept with this function: the request has addresses alone
+
+        def arrays(value: tuple) -> dict:
+            y, *states = (request.get_tensor(name).data for name in outputs)
             return named(y, states)
 
-        return request.infer, arrays
+        return infer, arrays
 
     def _streamed(self, request: Any, inputs: dict[str, np.ndarray]) -> Prepared:
-        steps = [self._tensor(x_t[None]) for x_t in inputs.pop("x")]
-        states = {name[0]: self._tensor(array.copy()) for name, array in inputs.items()}
+        x = inputs.pop("x")
+        last = {name[0]: array.copy() for name, array in inputs.items()}
+        steps = [self._tensor(x_t[None]) for x_t in x]
+        states = {name: self._tensor(array) for name, array in last.items()}
         for name, tensor in states.items():
             request.set_tensor(f"{name}_0", tensor)
         y = request.get_tensor("y").data
 
-        def stream() -> list:
+        def stream() -> tuple:
             ys = []
             for x_t in steps:
                 request.set_tensor("x", x_t)
                 request.infer()
-                for name, tensor in states.items():
-                    tensor.data[...] = request.get_tensor(f"{name}_n").data
+                for name, array in last.items():
+                    array[...] = request.get_tensor(f"{name}_n").data
                 ys.append(y.copy())
-            return ys
+            return ys, x, last  # kept with this function: the request has addresses alone
 
-        def arrays(ys: list) -> dict:
-            return named(np.concatenate(ys), [tensor.data for tensor in states.values()])
+        def arrays(value: tuple) -> dict:
+            ys, _, last = value
+            return named(np.concatenate(ys), last.values())
 
         return stream, arrays
