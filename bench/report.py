@@ -176,7 +176,8 @@ def _ratios(title: str, rows: list[Row], not_held: Sequence[str]) -> Table:
 
 def _peers(title: str, rows: list[Row], not_held: Sequence[str]) -> Table:
     names = [n for n in PEERS if any(n in row["results"] or n in row["left_out"] for row in rows)]
-    header = ("shape", OURS, *(name + "†" * (name in not_held) for name in names))
+    marked = (name.replace("-", " ") + "†" * (name in not_held) for name in names)
+    header = ("shape", OURS, *marked)
     lines, reasons = [], {}
     for row in rows:
         line = [row["shape"]]

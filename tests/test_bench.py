@@ -206,7 +206,8 @@ def test_what_is_timed_gives_the_same_results_again():
     for mode in ("inference", "training"):
         shape = shape_of(TINY)
         call, arrays = library("numpy")(1).prepare(shape, mode, problem(shape, measure.SEED))
-        ours, ours_arrays = library(OURS)(1).prepare(shape, mode, problem(shape, measure.SEED))
+        runner = library(OURS)(rnnfast.get_num_threads())
+        ours, ours_arrays = runner.prepare(shape, mode, problem(shape, measure.SEED))
         call(), ours()  # the second call's results must not have the first one's in them
         want = measure.expected(shape, mode)
         measure.check(arrays(call()), want, shape.dtype)

@@ -27,11 +27,12 @@ class Ours(Library):
 
     @staticmethod
     def environment(threads: int, isa: str | None) -> dict[str, str]:
-        return {"RNNFAST_NUM_THREADS": str(threads), **({"RNNFAST_ISA": isa} if isa else {})}
+        return {"RNNFAST_ISA": isa} if isa else {}
 
     def __init__(self, threads: int) -> None:
         import rnnfast
 
+        rnnfast.set_num_threads(threads)
         self.library = rnnfast
         self.about = {"rnnfast": rnnfast.__version__, "isa": rnnfast.isa()}
 
