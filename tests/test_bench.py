@@ -22,7 +22,7 @@ import tolerances
 import rnnfast.bench
 from rnnfast import cli
 from rnnfast.bench import compare, figures, measure, overhead, report, suite, worker
-from rnnfast.bench.libraries import BANDWIDTH, OURS, PEAK, PEERS, library
+from rnnfast.bench.libraries import BANDWIDTH, OURS, PEAK, PEERS, library, machine
 from rnnfast.bench.shapes import MODES, SUITES, problem, shape_of
 from rnnfast.cells import CELLS
 
@@ -229,6 +229,18 @@ def test_avx2_is_asked_of_all_who_listen():
         spoken = [v for k, v in told[name].items() if free[name].get(k) != v]
         assert library(name).holds_isa == any(re.search("(?i)avx2|haswell", v) for v in spoken)
     assert not library("onnxruntime").holds_isa
+
+
+def test_a_disturbance_does_not_pass_for_a_long_measurement(monkeypatch):
+    now, disturbances = [0.0], iter([1.0, 0.0, 1.0])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+
+    def measured(rounds):
+        now[0] += 1e-6 * rounds + next(disturbances, 0.0)
+        return float(rounds)
+
+    call, _ = machine._long_enough(measured)
+    assert machine.SECONDS <= 1e-6 * call() < 2 * machine.SECONDS
 
 
 # ------------------------------------------------------------------------------------- workers
