@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,18 +52,23 @@ class Crew:
         self._stack.close()
 
     def of(self, threads: int, one_row: bool) -> list[Worker]:
-        """Those that have so many threads; the caches' only if it is about one row of a batch."""
+        """Those that have so many threads; the caches' only if it is about one row of a batch.
+
+        Raises ValueError if this library does not start.
+        """
         if threads not in self._workers:
             self._workers[threads] = list(self._started(threads))
         return [w for w in self._workers[threads] if one_row or w.library != BANDWIDTH]
 
-    def _started(self, threads: int):
+    def _started(self, threads: int) -> Iterator[Worker]:
         for name in (OURS, *self.peers, PEAK, BANDWIDTH):
             if name in self.missing:
                 continue
             try:
                 worker = Worker(name, threads, self.isa, self.patience)
             except Failed as reason:
+                if name == OURS:
+                    raise ValueError(f"{reason}, as it said above") from None
                 self.missing[name] = str(reason)
                 continue
             self._stack.enter_context(worker)

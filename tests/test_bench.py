@@ -513,6 +513,13 @@ def test_isa_is_asked_of_the_kernels_too(tmp_path):
     assert {row["isa"] for row in found["rows"]} == {"avx2"}
 
 
+def test_a_suite_without_this_library_is_none(capfd):
+    with suite.Crew([], "nonsense", 60.0) as crew:
+        with pytest.raises(ValueError, match="the worker of rnnfast ended with code 1, as it said"):
+            crew.of(1, False)
+    assert "RNNFAST_ISA: got 'nonsense'" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
