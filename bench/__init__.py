@@ -1,4 +1,5 @@
-"""The benchmark suite, installed as `rnnfast.bench`.
+"""The benchmark suite, installed as `rnnfast.bench`: `rnnfast bench` runs it.
 
-Knows the public API and the reference. Times nothing that it has not checked first.
+Knows the public API, the reference and, if they are installed, other libraries. Times nothing that
+it has not checked first.
 """

@@ -7,6 +7,7 @@ large shapes and other libraries to `layers`. Run as `python -m rnnfast.bench.ov
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import subprocess
@@ -20,7 +21,9 @@ import numpy as np
 
 import rnnfast
 
-from .layers import Results, check, expected, machine, say_where, show, write_json
+from .libraries import Results
+from .measure import check, expected, machine
+from .report import Table, show, write
 from .shapes import Shape, problem, shape_of
 
 IMPORTS = 20  # processes
@@ -134,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     about = machine()
-    say_where(about)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
     print()
     sizes = {"installed package": installed_bytes()}
     if args.wheel:
@@ -149,11 +152,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, found in seconds.items():
         median, least = 1e6 * statistics.median(found), 1e6 * min(found)
         table.append([name, f"{median:.2f} us", f"{least:.2f} us"])
-    show(("what", "median", "min"), table)
+    show([Table("", ("what", "median", "min"), table)])
     if args.json:
-        write_json(
-            args.json, {"machine": about, "bytes": sizes, "imports": imports, "calls": seconds}
-        )
+        kept = {"machine": about, "bytes": sizes, "imports": imports, "calls": seconds}
+        write(args.json, json.dumps(kept, indent=1) + "\n")
     return 0
 
 

@@ -1,27 +1,34 @@
 """The table of shapes that the benchmarks measure, and the weights and data that go with a shape.
 
-Knows names, sizes and NumPy's random numbers. Knows neither the libraries (see `worker`) nor time.
+Knows names, sizes and NumPy's random numbers. Knows neither the libraries (see `libraries`) nor
+time. T steps, B batch, I input size, H hidden size, G gates, L layers, D directions.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..cells import CELLS
+from ..parameters import parameter_shapes, size
 
-MODES = ("inference", "training")
-NAME = re.compile(r"([a-z_]+)-i(\d+)-h(\d+)-b(\d+)-t(\d+)(-float64)?")
+# One call is: a pass over the sequence; that and all gradients; T calls, one for each step.
+MODES = ("inference", "training", "stream")
+NAME = re.compile(r"([a-z_]+)-i(\d+)-h(\d+)-b(\d+)-t(\d+)(?:-l(\d+))?(-bi)?(-uneven)?(-float64)?")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer, in one direction: a cell of the table in `rnnfast.cells`, its sizes and dtype.
+    """Layers of one cell of the table in `rnnfast.cells`, their sizes and dtype.
+
+    uneven: the rows' lengths go from T down to T/4, in random order.
 
     >>> Shape("lstm", T=64, B=32, I=256, H=256).name
     'lstm-i256-h256-b32-t64'
+    >>> Shape("gru", T=9, B=4, I=2, H=3, layers=2, directions=2, uneven=True).name
+    'gru-i2-h3-b4-t9-l2-bi-uneven'
     """
 
     cell: str
@@ -29,73 +36,215 @@ class Shape:
     B: int
     I: int
     H: int
+    layers: int = 1
+    directions: int = 1
+    uneven: bool = False
     dtype: str = "float32"
-    stands_for: str = ""
+    stands_for: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
-        """By which `--shapes` takes it; the dtype is named where it is not float32."""
-        end = "" if self.dtype == "float32" else f"-{self.dtype}"
-        return f"{self.cell}-i{self.I}-h{self.H}-b{self.B}-t{self.T}{end}"
+        """By which `--shapes` takes it; what is usual is not named."""
+        return (
+            f"{self.cell}-i{self.I}-h{self.H}-b{self.B}-t{self.T}"
+            + f"-l{self.layers}" * (self.layers > 1)
+            + "-bi" * (self.directions == 2)
+            + "-uneven" * self.uneven
+            + f"-{self.dtype}" * (self.dtype != "float32")
+        )
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Valid steps of each row [B], or None if all have T.
+
+        >>> sorted(Shape("lstm", T=8, B=4, I=1, H=1, uneven=True).lengths.tolist())
+        [2, 4, 6, 8]
+        """
+        if not self.uneven:
+            return None
+        lengths = np.linspace(self.T, -(-self.T // 4), self.B).round().astype(np.int64)
+        return np.random.default_rng(0).permutation(lengths)
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters, by PyTorch's names."""
+        return parameter_shapes(
+            CELLS[self.cell], self.I, self.H, self.layers, self.directions, bias=True
+        )
+
+    def numbers(self, kind: str) -> int:
+        """How many numbers all matrices of a kind have together, "weight_ih" or "weight_hh".
+
+        >>> Shape("gru", T=1, B=1, I=2, H=3).numbers("weight_ih")
+        18
+        """
+        return sum(size(shape) for name, shape in self.parameters.items() if name.startswith(kind))
 
     def operations(self, mode: str) -> int:
-        """Multiplications and additions of the products: 2·T·B·G·H·(I+H), three times for training.
+        """Multiplications and additions of the products over the rows' valid steps.
+
+        2·T·B·G·H·(I+H) for one layer in one direction; three times that for training.
 
         >>> Shape("gru", T=1, B=1, I=2, H=3).operations("training")
         270
         """
-        forward = 2 * self.T * self.B * len(CELLS[self.cell].gates) * self.H * (self.I + self.H)
+        steps = self.T * self.B if self.lengths is None else int(self.lengths.sum())
+        forward = 2 * steps * (self.numbers("weight_ih") + self.numbers("weight_hh"))
         return 3 * forward if mode == "training" else forward
 
+    def bytes_read(self, mode: str) -> int:
+        """Bytes of the matrices that a serial walk has to read again at every step.
 
-SHAPES: dict[str, Shape] = {
-    shape.name: shape
-    for shape in (
-        Shape("lstm", 64, 32, 256, 256, stands_for="language model, speech: bound by products"),
-        Shape("lstm", 32, 1024, 28, 32, stands_for="many short sequences: rows of an image"),
-        Shape("lstm", 100, 64, 64, 64, stands_for="time series of sensors"),
-        Shape("lstm", 100, 32, 128, 128, stands_for="character model of middle size"),
-        Shape("lstm", 100, 1, 8, 16, stands_for="control, audio effect: bound by latency"),
-        Shape("lstm", 150, 1, 256, 256, stands_for="one user's request: bound by bandwidth"),
-        Shape("gru", 64, 32, 256, 256, stands_for="language model, speech"),
-        Shape("rnn_tanh", 32, 1024, 28, 32, stands_for="rows of an image, plain cell"),
-    )
+        That is R, once more for the way back in training; in a stream W as well, because its
+        inputs come one by one. Other products can be made for many steps at once.
+
+        >>> Shape("rnn_tanh", T=10, B=1, I=2, H=3).bytes_read("training")
+        720
+        """
+        numbers = self.numbers("weight_hh")
+        if mode == "training":
+            numbers *= 2
+        elif mode == "stream":
+            numbers += self.numbers("weight_ih")
+        return self.T * numbers * np.dtype(self.dtype).itemsize
+
+    def slice_bytes(self, threads: int) -> int:
+        """Bytes of one layer's R in one direction that each of the threads reads, evenly shared."""
+        rows, columns = self.parameters["weight_hh_l0"]
+        return -(-rows * columns * np.dtype(self.dtype).itemsize // threads)
+
+
+def _deepbench() -> list[Shape]:
+    """DeepBench's recurrent shapes (Baidu Research) up to H = 2048 that take some minute each.
+
+    There I = H. Of each size the batches 16 and 32, those of training, and 1, that of serving; of
+    the GRUs, which run for up to 1500 steps, the shortest, and with many steps for one row alone.
+    """
+    sizes = [
+        ("rnn_tanh", 1760, 50, (16, 32)), ("rnn_tanh", 2048, 50, (16, 32)),
+        ("lstm", 256, 150, (1, 16, 32)), ("lstm", 512, 25, (1, 16, 32)),
+        ("lstm", 1024, 25, (1, 16, 32)), ("lstm", 1536, 50, (1, 8, 16)),
+        ("lstm", 2048, 25, (1, 16, 32)),
+        ("gru", 512, 1, (1, 32)), ("gru", 1536, 187, (1,)), ("gru", 2048, 187, (1,)),
+    ]  # fmt: skip
+    return [Shape(cell, T, B, H, H) for cell, H, T, batches in sizes for B in batches]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Shapes that are measured together, and the modes they are measured in.
+
+    all_threads: with 1, 2, 4, ... up to all cores, not only with 1 and 2.
+    """
+
+    shapes: tuple[Shape, ...]
+    modes: tuple[str, ...] = ("inference", "training")
+    all_threads: bool = False
+
+
+SUITES: dict[str, Suite] = {
+    "layers": Suite(
+        (
+            Shape("lstm", 100, 1, 8, 16, stands_for="control, audio effect: bound by latency"),
+            Shape("lstm", 50, 64, 1, 32, stands_for="one signal, few units"),
+            Shape("lstm", 32, 1024, 28, 32, stands_for="many short sequences: rows of an image"),
+            Shape("rnn_tanh", 32, 1024, 28, 32, stands_for="rows of an image, plain cell"),
+            Shape("lstm", 100, 64, 64, 64, stands_for="time series of sensors"),
+            Shape("lstm", 100, 32, 128, 128, stands_for="character model of middle size"),
+            Shape("lstm", 64, 32, 256, 256, stands_for="language model, speech"),
+            Shape("lstm", 25, 32, 512, 512, stands_for="language model: bound by products"),
+            Shape("lstm", 25, 128, 512, 512, stands_for="the same with a large batch"),
+            Shape("lstm", 25, 16, 1024, 1024, stands_for="few rows, large layer"),
+            Shape("lstm", 25, 64, 1024, 1024, stands_for="large layer: bound by products"),
+            Shape("lstm", 150, 1, 256, 256, stands_for="one user's request: bound by L2"),
+            Shape("lstm", 25, 1, 512, 512, stands_for="one user's request, larger"),
+            Shape("lstm", 25, 1, 1024, 1024, stands_for="one user's request: bound by L3"),
+            Shape("lstm", 50, 1, 1536, 1536, stands_for="one user's request: bound by memory"),
+            Shape("rnn_tanh", 50, 16, 1760, 1760, stands_for="speech, plain cell (DeepBench)"),
+            Shape("gru", 64, 32, 256, 256, stands_for="language model, speech"),
+            Shape("gru", 25, 32, 1024, 1024, stands_for="large layer"),
+        )
+    ),
+    "deepbench": Suite(tuple(_deepbench())),
+    "structure": Suite(
+        (
+            Shape("lstm", 100, 32, 128, 128, uneven=True, stands_for="sentences in a batch"),
+            Shape("lstm", 100, 32, 128, 128, directions=2, stands_for="both directions"),
+            Shape("lstm", 100, 32, 128, 128, layers=2, stands_for="two layers"),
+            Shape(
+                "lstm",
+                100,
+                32,
+                128,
+                128,
+                layers=2,
+                directions=2,
+                uneven=True,
+                stands_for="tagging of sentences",
+            ),
+            Shape("lstm", 100, 32, 128, 128, dtype="float64", stands_for="double precision"),
+            Shape("lstm", 2000, 8, 64, 64, stands_for="a long sequence"),
+        )
+    ),
+    "stream": Suite(
+        (
+            Shape("lstm", 100, 1, 8, 16, stands_for="audio effect, control"),
+            Shape("lstm", 100, 1, 64, 64, stands_for="sensors as they come"),
+            Shape("gru", 100, 1, 64, 64, stands_for="the same, another cell"),
+            Shape("lstm", 100, 1, 256, 256, stands_for="speech as it comes"),
+        ),
+        modes=("stream",),
+    ),
+    "threads": Suite(
+        (
+            Shape("lstm", 64, 32, 256, 256, stands_for="bound by products"),
+            Shape("lstm", 25, 128, 512, 512, stands_for="the same with a large batch"),
+            Shape("lstm", 25, 1, 1024, 1024, stands_for="one row: bound by L3"),
+            Shape("lstm", 100, 1, 8, 16, stands_for="too small to share"),
+        ),
+        all_threads=True,
+    ),
 }
 
 
 def shape_of(name: str) -> Shape:
-    """The shape of this name: one of the table, or any other that such a name describes.
+    """The shape that a name describes; what it stands for, if a suite has it.
 
     Raises ValueError for a name that describes none.
 
-    >>> shape_of("gru-i3-h5-b2-t7-float64").B
+    >>> shape_of("gru-i3-h5-b2-t7-l2-bi-float64").directions
     2
     """
-    if name in SHAPES:
-        return SHAPES[name]
     match = NAME.fullmatch(name)
-    sizes = [int(size) for size in match.groups()[1:5]] if match else []
+    sizes = [int(size or 1) for size in match.groups()[1:6]] if match else []
     if not sizes or match[1] not in CELLS or min(sizes) < 1:
         raise ValueError(
-            f"shape: got {name!r}; needs CELL-iI-hH-bB-tT or CELL-iI-hH-bB-tT-float64 with sizes "
-            f"of at least 1 and a cell of {', '.join(CELLS)}, such as {next(iter(SHAPES))}"
+            f"shape: got {name!r}; needs CELL-iI-hH-bB-tT, and after it, in this order and where "
+            "wanted, -lL -bi -uneven -float64; sizes of at least 1 and a cell of "
+            f"{', '.join(CELLS)}; such as {SUITES['layers'].shapes[0].name}"
         )
-    I, H, B, T = sizes
-    return Shape(match[1], T, B, I, H, "float64" if match[6] else "float32")
+    I, H, B, T, L = sizes
+    dtype = "float64" if match[9] else "float32"
+    shape = Shape(match[1], T, B, I, H, L, 2 if match[7] else 1, bool(match[8]), dtype)
+    known = (one for suite in SUITES.values() for one in suite.shapes if one == shape)
+    return next(known, shape)
 
 
 @dataclass(frozen=True)
 class Problem:
     """What every library is given for a shape: the same arrays, of the shape's dtype.
 
-    - `x` [T, B, I], and `dy` [T, B, H], the gradient of the loss by y
-    - `state`: the initial states, each [1, B, H]
+    - `x` [T, B, I], and `dy` [T, B, D*H], the gradient of the loss by y; both are zero past a
+      row's length
+    - `state`: the initial states, each [L*D, B, H]
+    - `lengths` [B], or None
     - `weights`: by PyTorch's names, weight_ih_l0 and so on
     """
 
     x: np.ndarray
     dy: np.ndarray
     state: tuple[np.ndarray, ...]
+    lengths: np.ndarray | None
     weights: dict[str, np.ndarray]
 
 
@@ -106,16 +255,19 @@ def problem(shape: Shape, seed: int) -> Problem:
     (7, 2, 3)
     """
     random = np.random.default_rng(seed)
-    cell, H = CELLS[shape.cell], shape.H
+    T, B, I, H, D = shape.T, shape.B, shape.I, shape.H, shape.directions
 
     def normal(*sizes: int) -> np.ndarray:
         return random.standard_normal(sizes).astype(shape.dtype)
 
-    x, dy = normal(shape.T, shape.B, shape.I), normal(shape.T, shape.B, H)
-    state = tuple(0.5 * normal(1, shape.B, H) for _ in cell.states)
+    x, dy = normal(T, B, I), normal(T, B, D * H)
+    state = tuple(0.5 * normal(shape.layers * D, B, H) for _ in CELLS[shape.cell].states)
     weights = {
-        f"{name}_l0": random.uniform(-1, 1, sizes).astype(shape.dtype)
-        / np.sqrt(H, dtype=shape.dtype)
-        for name, sizes in cell.weight_shapes(shape.I, H).items()
+        name: random.uniform(-1, 1, sizes).astype(shape.dtype) / np.sqrt(H, dtype=shape.dtype)
+        for name, sizes in shape.parameters.items()
     }
-    return Problem(x, dy, state, weights)
+    lengths = shape.lengths
+    if lengths is not None:
+        padding = np.arange(T)[:, None] >= lengths
+        x[padding] = dy[padding] = 0
+    return Problem(x, dy, state, lengths, weights)

@@ -1,24 +1,26 @@
-"""One library in a process of its own, which computes and times what `layers` asks for.
+"""One library in a process of its own, which computes and times what `measure` asks for.
 
-Knows the libraries' public interfaces and the shapes. Judges nothing: results go to a file, times
-to the caller. Run by `layers` as `python -m rnnfast.bench.worker LIBRARY THREADS`.
+Knows the protocol, clocks and memory; leaves the libraries to `libraries`. Judges nothing: results
+go to a file, times to the caller. Run by `measure` as `python -m rnnfast.bench.worker LIBRARY
+THREADS`.
 
 One JSON object per line. The first answer says what this is, or why it cannot be: {"about": {name:
 version}} or {"missing": reason}. Then, for each request, one answer; {"unsupported": reason} if the
 library has no such layer, {"error": reason} if it failed:
 
-- {"do": "prepare", "shape": name, "mode": mode, "seed": n, "results": path} makes one call, writes
-  its arrays to path (.npz) -> {"operations": n or null}: what one call comes to, where the shape
-  does not say it
-- {"do": "time", "seconds": s, "most": n} makes one call to wake up, then calls until either bound
-  -> {"seconds": [...]}, one per call
+- {"do": "prepare", "shape": name, "mode": mode, "seed": n, "results": path} gets ready and makes
+  two calls, the first one's arrays written to path (.npz) -> {"counted": number or null, "ready":
+  seconds, "first": seconds, "second": seconds, "memory": {"first": bytes, "second": bytes} or null}
+- {"do": "time", "seconds": s, "most": n} makes calls until either bound -> {"seconds": [...]}
 
-The arrays are y, h_n and c_n; for training also dx, dh_0 and dc_0, and d + parameter. What is timed
-is the very call whose results were written.
+`counted` is what one call comes to where the shape does not say it. Memory is the most that the
+process held beyond what it held before it got ready: up to the end of the first call, during the
+second. What is timed is the very call whose results were written.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -29,151 +31,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from .shapes import Problem, Shape, problem, shape_of
+from .libraries import Library, library
+from .shapes import problem, shape_of
 
-# Class and arguments, the same in rnnfast and in torch.nn but for the last.
-MODULES = {
-    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-    "lstm": ("LSTM", {}),
-    "gru": ("GRU", {}),
-    "gru_reset_before": ("GRU", {"reset_after": False}),
-}
-
-PEAK_SECONDS = 0.005  # of one call: long beside the start of threads, short beside a disturbance
-
-Results = dict[str, np.ndarray]
+SHORT = 0.02  # s: a call that takes longer wakes the threads for itself
 
 
-class Runner:
-    """A library: `about` it, and how it gets ready for a shape."""
-
-    about: dict[str, str]
-
-    def prepare(
-        self, shape: Shape, mode: str, given: Problem
-    ) -> tuple[Callable[[], Any], Callable[[Any], Results]]:
-        """One call, to be timed, and what makes arrays of its value."""
-        raise NotImplementedError
-
-
-class Rnnfast(Runner):
-    """This library as a user calls it: a module whose weights may change between two calls."""
-
-    def __init__(self, threads: int) -> None:
-        import rnnfast
-
-        rnnfast.set_num_threads(threads)
-        self.library = rnnfast
-        self.about = {"rnnfast": rnnfast.__version__, "isa": rnnfast.isa()}
-
-    def prepare(self, shape: Shape, mode: str, given: Problem) -> tuple[Callable, Callable]:
-        kind, arguments = MODULES[shape.cell]
-        module = getattr(self.library, kind)(shape.I, shape.H, dtype=shape.dtype, **arguments)
-        module.load_state_dict(given.weights)
-        x, dy = given.x, given.dy
-        state = given.state if len(given.state) == 2 else given.state[0]
-
-        def infer() -> tuple:
-            return module(x, state)
-
-        def train() -> tuple:
-            module.zero_grad()
-            y, state_n, tape = module.forward_train(x, state)
-            return y, state_n, *module.backward(tape, dy)
-
-        def arrays(value: tuple) -> Results:
-            return _named(value, module.grads.items() if mode == "training" else ())
-
-        return (train if mode == "training" else infer), arrays
-
-
-class Torch(Runner):
-    """PyTorch at its best: inference_mode for inference; for training no gradient to add to."""
-
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        self.library = torch
-        self.about = {"torch": torch.__version__}
-
-    def prepare(self, shape: Shape, mode: str, given: Problem) -> tuple[Callable, Callable]:
-        if shape.cell == "gru_reset_before":
-            raise NotImplementedError("no GRU with the reset before the product")
-        torch = self.library
-        kind, arguments = MODULES[shape.cell]
-        dtype = getattr(torch, shape.dtype)
-        module = getattr(torch.nn, kind)(shape.I, shape.H, dtype=dtype, **arguments)
-        tensors = {name: torch.from_numpy(array) for name, array in given.weights.items()}
-        module.load_state_dict(tensors)
-        parameters = list(module.parameters())
-        x, dy = torch.from_numpy(given.x), torch.from_numpy(given.dy)
-        states = tuple(torch.from_numpy(array) for array in given.state)
-        state = states if len(states) == 2 else states[0]
-        leaves = [x, *states, *parameters]
-        for leaf in leaves:
-            leaf.requires_grad_(mode == "training")
-
-        def infer() -> tuple:
-            with torch.inference_mode():
-                return module(x, state)
-
-        def train() -> tuple:
-            for leaf in leaves:
-                leaf.grad = None
-            y, state_n = module(x, state)
-            y.backward(dy)
-            dstate = tuple(s.grad for s in states) if len(states) == 2 else states[0].grad
-            return y, state_n, x.grad, dstate
-
-        def arrays(value: tuple) -> Results:
-            grads = module.named_parameters() if mode == "training" else ()
-            return _named(value, [(name, p.grad) for name, p in grads])
-
-        return (train if mode == "training" else infer), arrays
-
-
-class Peak(Runner):
-    """No library but the machine: as many multiply-adds as its registers take."""
-
-    def __init__(self, threads: int) -> None:
-        from .. import _kernels, isa
-
-        self.multiply_add, self.threads = _kernels.multiply_add, threads
-        self.about = {"isa": isa()}
-
-    def prepare(self, shape: Shape, mode: str, given: Problem) -> tuple[Callable, Callable]:
-        dtype, rounds, seconds = given.x.dtype.char, 1000, 0.0
-        while seconds < PEAK_SECONDS:
-            rounds *= 2
-            began = time.perf_counter()
-            self.multiply_add(dtype, rounds, self.threads)
-            seconds = time.perf_counter() - began
-        return lambda: self.multiply_add(dtype, rounds, self.threads), lambda operations: {}
-
-
-RUNNERS: dict[str, type[Runner]] = {"rnnfast": Rnnfast, "torch": Torch, "peak": Peak}
-
-
-def _named(value: tuple, grads: Any) -> Results:
-    """The arrays of a call's value, (y, state) or (y, state, dx, dstate), and of `grads`."""
-    found = {}
-    for array, state, (name, *states) in zip(
-        value[::2], value[1::2], (("y", "h_n", "c_n"), ("dx", "dh_0", "dc_0")), strict=False
-    ):
-        found[name] = array
-        parts = state if isinstance(state, tuple) else (state,)
-        found.update(zip(states, parts, strict=False))
-    found.update((f"d{name.removesuffix('_l0')}", array) for name, array in grads)
-    return {name: np.asarray(_detached(array)) for name, array in found.items()}
-
-
-def _detached(array: Any) -> Any:
-    return array.detach() if hasattr(array, "detach") else array
-
-
-def timed(call: Callable[[], Any], seconds: float, most: int) -> list[float]:
+def timed(call: Callable[[], Any], seconds: float, most: int, wake: bool = True) -> list[float]:
     """Seconds of single calls, after one that is not counted: it wakes threads and fills caches.
 
     Ends after `most` calls, or with the call during which the time is up.
@@ -181,7 +45,8 @@ def timed(call: Callable[[], Any], seconds: float, most: int) -> list[float]:
     >>> len(timed(lambda: None, 1.0, 3))
     3
     """
-    call()
+    if wake:
+        call()
     times: list[float] = []
     clock = time.perf_counter
     first = clock()
@@ -195,38 +60,119 @@ def timed(call: Callable[[], Any], seconds: float, most: int) -> list[float]:
     return times
 
 
-def serve(library: str, threads: int, requests: TextIO, answers: TextIO) -> None:
+class Memory:
+    """The most memory that this process held since `watch`, beyond what it held at the start.
+
+    Linux only, and only where the process may reset its own high-water mark; else it knows nothing.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # or what earlier shapes left would be used again
+        except (OSError, AttributeError):  # another C library
+            pass
+        self._start = self._status("VmRSS:")
+        self.watch()
+
+    def watch(self) -> None:
+        """Forgets how much it was."""
+        try:
+            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+                file.write("5")
+        except OSError:
+            self._start = None
+
+    def most(self) -> int | None:
+        """Bytes, or None if unknown.
+
+        >>> memory = Memory()
+        >>> block = np.ones(1_000_000)
+        >>> memory.most() is None or memory.most() > 4_000_000
+        True
+        """
+        peak = self._status("VmHWM:")
+        return None if self._start is None or peak is None else max(peak - self._start, 0)
+
+    @staticmethod
+    def _status(field: str) -> int | None:
+        try:
+            with open("/proc/self/status", encoding="ascii") as file:
+                lines = [line.split() for line in file]
+        except OSError:
+            return None
+        return next((1024 * int(line[1]) for line in lines if line[0] == field), None)
+
+
+class Server:
+    """Answers requests with one library."""
+
+    def __init__(self, runner: Library) -> None:
+        self.runner = runner
+        self._call: Callable[[], Any] | None = None
+        self._seconds = 0.0  # of one call
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One request's answer, as the module describes it."""
+        try:
+            return self._time(request) if request["do"] == "time" else self._prepare(request)
+        except NotImplementedError as error:
+            return {"unsupported": str(error)}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def _time(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._call is None:
+            raise ValueError("nothing is prepared")
+        wake = self._seconds < SHORT
+        seconds = timed(self._call, request["seconds"], request["most"], wake)
+        self._seconds = seconds[-1]
+        return {"seconds": seconds}
+
+    def _prepare(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._call = None  # lest the last shape's call be timed for one that failed
+        shape, mode = shape_of(request["shape"]), request["mode"]
+        given = problem(shape, request["seed"])
+        memory, clock = Memory(), time.perf_counter
+        began = clock()
+        call, arrays = self.runner.prepare(shape, mode, given)
+        ready = clock()
+        value = call()
+        first = clock()
+        held = {"first": memory.most()}
+        np.savez(request["results"], **arrays(value))
+        counted = value if isinstance(value, float) else None
+        del value
+        memory.watch()
+        again = clock()
+        call()
+        second = clock()
+        held["second"] = memory.most()
+        self._call, self._seconds = call, second - again
+        gc.collect()
+        return {
+            "counted": counted,
+            "ready": ready - began,
+            "first": first - ready,
+            "second": second - again,
+            "memory": None if None in held.values() else held,
+        }
+
+
+def serve(name: str, threads: int, requests: TextIO, answers: TextIO) -> None:
     """Answers requests, in the form described above, until there are no more."""
 
     def answer(**fields: Any) -> None:
         print(json.dumps(fields), file=answers, flush=True)
 
     try:
-        runner = RUNNERS[library](threads)
+        runner = library(name)(threads)
     except ImportError as error:
         return answer(missing=str(error))
     answer(about=runner.about)
-    call: Callable[[], Any] | None = None
+    server = Server(runner)
     for line in requests:
-        request = json.loads(line)
-        try:
-            if request["do"] == "time":
-                if call is None:
-                    raise ValueError("nothing is prepared")
-                answer(seconds=timed(call, request["seconds"], request["most"]))
-                continue
-            call = None  # lest the last shape's call be timed for one that failed
-            shape, mode = shape_of(request["shape"]), request["mode"]
-            prepared, arrays = runner.prepare(shape, mode, problem(shape, request["seed"]))
-            value = prepared()
-            np.savez(request["results"], **arrays(value))
-            call = prepared
-            gc.collect()
-            answer(operations=value if isinstance(value, float) else None)
-        except NotImplementedError as error:
-            answer(unsupported=str(error))
-        except Exception as error:
-            answer(error=f"{type(error).__name__}: {error}")
+        answer(**server.answer(json.loads(line)))
 
 
 def main() -> None:

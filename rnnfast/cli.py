@@ -1,6 +1,7 @@
-"""The command line: rnnfast train | sample | info.
+"""The command line: rnnfast train | sample | bench | info.
 
-Knows options, terminals, signals and exit codes. Leaves training to `rnnfast.learn`. Whatever a
+Knows options, terminals, signals and exit codes. Leaves training to `rnnfast.learn`, measuring and
+its options to `rnnfast.bench`. Whatever a
 user can get wrong ends in one line on stderr and exit code 2; Ctrl-C, SIGTERM and SIGHUP leave a
 checkpoint and end in 128 + the signal's number (Ctrl-C: 130).
 """
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command")
     _add_train(commands)
     _add_sample(commands)
+    _add_bench(commands)
     info = commands.add_parser("info", help="show the version, the CPU's kernels and the threads")
     info.set_defaults(command=_info)
     return parser
@@ -208,6 +210,19 @@ def _add_train(commands) -> None:
         help="go on with the run in --out from its checkpoint, which is written every "
         f"{SAVE_EVERY:g} seconds, at the end, and when Ctrl-C, SIGTERM or SIGHUP stops the run",
     )
+
+
+def _add_bench(commands) -> None:
+    from .bench.suite import add_arguments
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure this library beside others and the machine",
+        description="Checks this library, and those others that are installed, against a plain "
+        "reference, then times them in turns and shows what came out.",
+    )
+    bench.set_defaults(command=_bench)
+    add_arguments(bench)
 
 
 def _add_sample(commands) -> None:
@@ -588,7 +603,7 @@ def _progress(trainer: Trainer) -> _PlainProgress:
     return _PlainProgress(trainer)
 
 
-# ------------------------------------------------------------------------------- sample and info
+# ---------------------------------------------------------------------------------------- sample
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -622,6 +637,18 @@ def _write(
     for _ in range(length):
         print(next(written), end="", flush=True)
     print()
+
+
+# ----------------------------------------------------------------------------- bench and info
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import suite
+
+    try:
+        return suite.run(args)
+    except ValueError as error:
+        return _complain(str(error), 2)
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -157,7 +157,9 @@ def test_info_and_version(run):
 def test_no_command_lists_the_commands(run):
     code, shown, complaints = run()
     assert (code, shown) == (2, "")
-    assert all(f"\n    {command} " in complaints for command in ("train", "sample", "info"))
+    assert all(
+        f"\n    {command} " in complaints for command in ("train", "sample", "bench", "info")
+    )
 
 
 @pytest.mark.parametrize("how", ["in a folder", "here", "by its name", "by python", "called"])
@@ -552,6 +554,27 @@ def test_ctrl_c_during_the_sample(run, text, tmp_path):
     writing.send_signal(signal.SIGINT)
     _, complaints = writing.communicate(timeout=60)
     assert writing.returncode == 130 and complaints == "rnnfast: interrupted\n"
+
+
+def test_ctrl_c_during_a_benchmark_keeps_its_rows(tmp_path):
+    path = tmp_path / "found.json"
+    running = start("bench", "--peers", "numpy", "--threads", 1, "--seconds", 0, "--json", path,
+                    "--shapes", *(f"gru-i3-h5-b2-t{T}" for T in range(1, 999)))  # fmt: skip
+    while not running.stderr.readline().startswith("[3/"):
+        assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    shown, complaints = running.communicate(timeout=60)
+    assert running.returncode == 130 and complaints.endswith("rnnfast: interrupted\n")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) >= 2 and all(row["shape"] in shown for row in rows)
+
+
+def test_the_benchmark_has_two_names():
+    shown = [
+        subprocess.run([sys.executable, "-m", *name, "--help"], capture_output=True, check=True)
+        for name in (["rnnfast", "bench"], ["rnnfast.bench"])
+    ]
+    assert shown[0].stdout == shown[1].stdout and b"--compare OLD NEW" in shown[0].stdout
 
 
 def test_nobody_reads_the_sample(run, text, tmp_path):

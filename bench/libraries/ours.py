@@ -1,0 +1,75 @@
+"""This library as its users call it.
+
+Knows the public API.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..shapes import Problem, Shape
+from . import Library, Prepared, named
+
+CLASSES = {
+    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+    "gru_reset_before": ("GRU", {"reset_after": False}),
+}
+
+
+class Ours(Library):
+    """Frozen for inference, as ONNX Runtime and OpenVINO have their weights re-laid beforehand.
+
+    For training it is not: there the weights change between two calls.
+    """
+
+    @staticmethod
+    def environment(threads: int, isa: str | None) -> dict[str, str]:
+        return {"RNNFAST_ISA": isa} if isa else {}
+
+    def __init__(self, threads: int) -> None:
+        import rnnfast
+
+        rnnfast.set_num_threads(threads)
+        self.library = rnnfast
+        self.about = {"rnnfast": rnnfast.__version__, "isa": rnnfast.isa()}
+
+    def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
+        kind, arguments = CLASSES[shape.cell]
+        module = getattr(self.library, kind)(
+            shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2,
+            dtype=shape.dtype, **arguments,
+        )  # fmt: skip
+        module.load_state_dict(given.weights)
+        x, dy, lengths = given.x, given.dy, given.lengths
+        pair = len(given.state) == 2
+        state = given.state if pair else given.state[0]
+
+        def tuple_of(state: tuple | np.ndarray) -> tuple:
+            return state if pair else (state,)
+
+        if mode == "training":
+
+            def train() -> tuple:
+                module.zero_grad()
+                y, state_n, tape = module.forward_train(x, state, lengths)
+                return y, state_n, *module.backward(tape, dy)
+
+            def gradients(value: tuple) -> dict:
+                y, state_n, dx, dstate = value
+                return named(y, tuple_of(state_n), dx, tuple_of(dstate), module.grads)
+
+            return train, gradients
+
+        module.freeze()
+        if mode == "stream":
+            stream = module.stream(shape.B)
+            stream.state = state
+            step, steps = stream.step, list(x)
+            return (
+                lambda: [step(x_t) for x_t in steps],
+                lambda ys: named(np.stack(ys), tuple_of(stream.state)),
+            )
+        return lambda: module(x, state, lengths), lambda value: named(value[0], tuple_of(value[1]))
