@@ -29,7 +29,7 @@ __all__ = [
 FORWARD, BACKWARD = _kernels.FORWARD, _kernels.BACKWARD
 TAPES = "full", "light"
 SLICE_BYTES = 1 << 20  # of a light tape's slice at least, once it is computed again
-KEPT_FROM = 64 * 1024  # bytes; below, NumPy's own memory is as fast
+KEPT_FROM = 16 * 1024  # numbers; below, NumPy's own memory is as fast
 NEEDS = ("x", "state", *PARAMETERS)
 
 
@@ -378,10 +378,10 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     Fresh pages are cleared by the system as they are touched, which would cost small layers as
     much time as all of their computation.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < KEPT_FROM:
+    numbers = math.prod(shape)
+    if numbers < KEPT_FROM:
         return np.empty(shape, dtype)
-    return np.ndarray(shape, dtype, _kernels.Memory(nbytes))
+    return np.ndarray(shape, dtype, _kernels.Memory(numbers * dtype.itemsize))
 
 
 def new_sequence(
