@@ -124,6 +124,7 @@ class Stepper:
         c: Any,
         batch_size: int,
         threads: int,
+        plan: int,
     ) -> None: ...
     def step(self, x: Any, out: Any) -> bool:
         """x [B, I] (or [I] if B = 1) to out [B, H] (or [H]).

@@ -696,7 +696,7 @@ cdef class Stepper:
         self.views.n = 0
         self.memory.data = NULL
 
-    def __init__(self, tuple packs, h, c, Py_ssize_t batch_size, int threads):
+    def __init__(self, tuple packs, h, c, Py_ssize_t batch_size, int threads, int plan):
         cdef Pack pack = packs[0]
         cdef rf_shape shape
         cdef Py_ssize_t workspace = 0, here, tables
@@ -734,7 +734,7 @@ cdef class Stepper:
             self.args[i].y.data = at + 2 * here
             self.args[i].x.row = pack.shape.I
             self.args[i].y.row = pack.shape.H
-            set_run(&self.args[i].run, threads, 0)
+            set_run(&self.args[i].run, threads, plan)
             at += 3 * here
         for i in range(self.layers):
             self.args[i].workspace = at

@@ -52,7 +52,7 @@ class Stream:
         self._states = tuple(np.zeros((L, B, H), self._dtype) for _ in self._cell.states)
         packs = tuple(module._kept(FORWARD) or module._pack_all(FORWARD))
         h, c = self._states if "c" in self._cell.states else (self._states[0], None)
-        self._stepper = stepper = _kernels.Stepper(packs, h, c, B, config.threads)
+        self._stepper = stepper = _kernels.Stepper(packs, h, c, B, config.threads, config.plan)
         self._step = stepper.step
 
     def step(self, x_t: Any, out: np.ndarray | None = None) -> np.ndarray:
