@@ -435,6 +435,7 @@ def test_a_stream_from_end_to_end(tmp_path):
     (row,) = report.read(path)["rows"]
     ours = row["results"][OURS]
     assert ours["us_per_step"] == pytest.approx(1e3 * ours["median_ms"] / 7, rel=1e-3)
+    assert 0 < ours["read_share"] < 1 < row["results"][BANDWIDTH]["gbytes"]
 
 
 @pytest.fixture
