@@ -107,7 +107,8 @@ typedef struct {
                               * dc_n here. May alias dh_n, dc_n */
     rf_weights grads[RF_MAX_DIRECTIONS]; /* out, each pointer NULL if not wanted; overwritten */
     /* If D = 1, or each NULL: what those gradients are added to once they are complete; a call that
-     * is ended early adds nothing. `grads` is scratch then. Spares a pass over all of them. */
+     * is ended early adds nothing, and is not polled while it adds. `grads` is scratch then. Not
+     * for an empty slice. Spares a pass over all of them. */
     rf_weights add_to;
     void *workspace; /* backward_workspace() bytes, 64-byte aligned */
     rf_run run;

@@ -19,9 +19,14 @@
 #define MOST_KEPT 16
 
 /* Sanitizers see neither the ends of what mmap returns nor its use after it was given back. */
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
 #define PLAIN_MALLOC 1
-#else
+#endif
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define PLAIN_MALLOC 1
+#endif
+#ifndef PLAIN_MALLOC
 #define PLAIN_MALLOC 0
 #endif
 
@@ -91,7 +96,10 @@ rf_block rf_block_take(size_t bytes) {
         pthread_mutex_unlock(&kept.mutex);
     }
     if (!block.data) block = allocate_pages(bytes);
-    if (!block.data && rf_blocks_release() > 0) block = allocate_pages(bytes);
+    if (!block.data) { /* there may be enough in what is kept, here or in another thread's hands */
+        rf_blocks_release();
+        block = allocate_pages(bytes);
+    }
     return block;
 }
 

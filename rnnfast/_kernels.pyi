@@ -111,6 +111,13 @@ def backward(
     c_tape are scratch too, which holds one slice, and dh_0 (and dc_0) must be there.
     """
 
+class Turn:
+    """`with Turn(lock) as held`: takes a lock that is free, does without if it is not, or None."""
+
+    def __init__(self, lock: Any) -> None: ...
+    def __enter__(self) -> bool: ...
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None: ...
+
 class Stepper:
     """Layers with fixed packs and their own states, D = 1; runs a block of steps without a check.
 

@@ -204,7 +204,7 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 24
+    MOST_VIEWS = 32  # of one call: 11 arrays, 8 gradients, 4 of a light tape, 4 to add to
 
 
 cdef struct Views:
@@ -675,6 +675,25 @@ def backward(
     return PLANS[args.run.ran_plan], args.run.ran_threads
 
 
+cdef class Turn:
+    """A lock that is taken by `with` if it is free, and which tells whether it was. Between taking it
+    and knowing so no signal's handler can raise."""
+
+    cdef object lock
+    cdef bint held
+
+    def __init__(self, lock):
+        self.lock = lock
+
+    def __enter__(self):
+        self.held = self.lock is not None and self.lock.acquire(False)
+        return self.held
+
+    def __exit__(self, kind, error, traceback):
+        if self.held:
+            self.lock.release()
+
+
 # ---- streams --------------------------------------------------------------------------------------
 
 cdef class Stepper:
@@ -917,11 +936,13 @@ def multiply_add(str dtype, Py_ssize_t rounds, int threads):
 
 def read(Py_ssize_t nbytes, Py_ssize_t rounds, int threads):
     cdef rf_block memory
-    cdef double read
-    nbytes = (max(nbytes, 1) + 1023) // 1024 * 1024
-    memory = allocate(-1 if nbytes > PY_SSIZE_T_MAX // threads else nbytes * threads)
+    cdef double total
+    if not 0 < nbytes < PY_SSIZE_T_MAX // threads - 1024:
+        raise MemoryError(f"cannot allocate {threads} times {nbytes} bytes to read")
+    nbytes = (nbytes + 1023) // 1024 * 1024
+    memory = allocate(nbytes * threads)
     memset(memory.data, 0, nbytes * threads)
     with nogil:
-        read = current[0].read(memory.data, nbytes, rounds, threads)
+        total = current[0].read(memory.data, nbytes, rounds, threads)
     rf_block_give(memory)
-    return read
+    return total

@@ -123,7 +123,7 @@ class Recurrent:
         self._packs: dict[int, list[Any]] | None = None  # by kind, kept while frozen
         self._own_grads = self._by_layer(views_of(self._flat_grads, self._shapes))
         self._scratch: list[tuple[np.ndarray, tuple]] = []
-        self._adding = os.getpid(), threading.RLock()
+        self._adding: dict[int, Any] = {}
         self._token = os.urandom(16)  # a copy gets its own: its parameters soon differ
         if fill:
             bound = 1 / np.sqrt(H)
@@ -402,7 +402,8 @@ class Recurrent:
         were; each may be None for zeros. A tape may be used again.
 
         Returns dx, shaped as x (None without `need_dx`, which spares a product), and the gradient
-        by the initial states. Raises as a call does; `grads` are then as they were.
+        by the initial states. Raises as a call does; `grads` are then as they were,
+        or, interrupted at the very end, all of them are added to.
 
         >>> lstm = LSTM(3, 5)
         >>> y, _, tape = lstm.forward_train(np.zeros((7, 2, 3), np.float32))
@@ -429,7 +430,6 @@ class Recurrent:
         # single layer in one direction adds it itself, unless another thread is about to add. The
         # buffer is kept for the next call, and off the list meanwhile: threads may call at once.
         adding = self._adding_lock()
-        held = False
         scratch = self._scratch.pop() if self._scratch else self._new_scratch()
         fresh, grads = scratch
         dx_result = new_sequence(T, B, I, dtype, batch_first, unbatched) if need_dx else None
@@ -443,16 +443,11 @@ class Recurrent:
             else:
                 dx = as_steps(dx_result, batch_first, unbatched) if need_dx else None
             dh_last, dc_last, dh_first, dc_first = _own(layer, D, dh_n, dc_n, dh_0, dc_0)
-            if L == D == 1:
-                held = adding.acquire(blocking=False)
-            try:
+            with _kernels.Turn(adding if L == D == 1 else None) as held:
                 run_backward(
                     packed, layers[layer], dy, dh_last, dc_last, dx, dh_first, dc_first,
                     grads[layer], self._own_grads[0][0] if held else None,
                 )  # fmt: skip
-            finally:
-                if held:
-                    adding.release()
             if layer and p:  # the mask between this layer and the one below
                 dy = new_array(dx.shape, dtype)
                 run = config.threads, config.plan
@@ -470,11 +465,8 @@ class Recurrent:
 
     def _adding_lock(self) -> Any:
         """Held by who adds to the gradients. Of this process: a fork leaves none to let it go."""
-        process, lock = self._adding
-        if process != os.getpid():
-            lock = threading.RLock()
-            self._adding = os.getpid(), lock
-        return lock
+        process = os.getpid()
+        return self._adding.get(process) or self._adding.setdefault(process, threading.RLock())
 
     def _new_scratch(self) -> tuple[np.ndarray, tuple]:
         """A buffer like `flat_grads`, and its views as `run_backward` takes them, by layer."""

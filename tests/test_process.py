@@ -115,6 +115,55 @@ def test_a_fork_in_a_signal_handler_during_a_call():
     assert works
 
 
+FORK_DURING_BACKWARD = """
+    import json, os, signal
+    import numpy as np
+    import rnnfast
+
+    rnnfast.set_num_threads(2)
+    module = rnnfast.LSTM(256, 256, seed=1)
+    x = np.full((600, 64, 256), 0.5, np.float32)
+    y, _, tape = module.forward_train(x)
+    module.backward(tape, y)
+    want = (1 + module.flat_grads).tobytes()
+    module.flat_grads[...] = 1
+    read, write = os.pipe()
+    pids = []
+
+    def handler(*_):
+        pids.append(os.fork())
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        module.backward(tape, y)
+        outcome = "a result"
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}"
+    if pids[0] == 0:
+        signal.alarm(60)  # a child that hangs is to end
+        same = bool((module.flat_grads == 1).all())
+        module.backward(tape, y)
+        works = module.flat_grads.tobytes() == want
+        os.write(write, json.dumps([outcome, same, works]).encode())
+        os._exit(0)
+    _, status = os.waitpid(pids[0], 0)
+    os.close(write)
+    child = json.loads(os.read(read, 10000) or b"null")
+    print(json.dumps([module.flat_grads.tobytes() == want, status, child]))
+"""
+
+
+def test_a_fork_during_backward_adds_nothing_in_the_child():
+    parent, status, child = in_child(FORK_DURING_BACKWARD)
+    assert parent, "the parent's gradients are other ones"
+    assert status == 0
+    outcome, same, works = child
+    assert outcome.startswith("OSError: the process forked inside this call")
+    assert same, "the child's gradients have changed"
+    assert works
+
+
 def test_many_threads_at_once():
     module, x, _ = large()
     want = work(module, x)
@@ -149,7 +198,7 @@ def test_backward_of_one_module_from_many_threads_adds_everything():
         thread.start()
     for thread in threads:
         thread.join(60)
-    # Adding up is NumPy's, in the interpreter's lock: nothing is lost.
+    # Only one of them adds at a time: nothing is lost.
     np.testing.assert_allclose(module.flat_grads, 4 * once, rtol=1e-5, atol=1e-5)
 
 
