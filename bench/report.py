@@ -305,23 +305,23 @@ def _short(number: float) -> str:
 def to_json(found: Found) -> str:
     """All figures, a row in a line."""
     head = {name: value for name, value in found.items() if name != "rows"}
-    lines = [f" {json.dumps(name)}: {json.dumps(_rounded(value))}" for name, value in head.items()]
-    rows = ",\n".join(f"  {json.dumps(_rounded(row))}" for row in found["rows"])
+    lines = [f" {json.dumps(name)}: {json.dumps(rounded(value))}" for name, value in head.items()]
+    rows = ",\n".join(f"  {json.dumps(rounded(row))}" for row in found["rows"])
     lines.append(f' "rows": [\n{rows}\n ]')
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats with as many digits as mean something.
 
-    >>> _rounded({"a": [1.23456789, 2]})
+    >>> rounded({"a": [1.23456789, 2]})
     {'a': [1.2346, 2]}
     """
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: rounded(one) for name, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def write(path: str | Path, text: str) -> None:

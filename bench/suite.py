@@ -20,7 +20,7 @@ from .. import checks
 from .compare import compared, key
 from .libraries import BANDWIDTH, OURS, PEAK, PEERS, library
 from .measure import PAIRS, PATIENCE, Failed, Worker, machine, measure
-from .report import BUSY, Found, about, markdown, read, show, tables, to_json, write
+from .report import BUSY, Found, about, markdown, read, rounded, show, tables, to_json, write
 from .shapes import MODES, SUITES, Shape, shape_of
 
 LIMIT = 60.0  # s that the rounds of one row may take
@@ -221,7 +221,8 @@ def _disturbance(row: dict[str, Any]) -> float:
 
 
 def finish(found: Found, args: argparse.Namespace) -> None:
-    """Shows a run and writes what else was asked for."""
+    """Shows a run, by the figures that its file has, and writes what else was asked for."""
+    found = rounded(found)
     for line in about(found):
         print(line)
     print()

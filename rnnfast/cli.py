@@ -213,7 +213,10 @@ def _add_train(commands) -> None:
 
 
 def _add_bench(commands) -> None:
-    from .bench.suite import add_arguments
+    try:
+        from .bench.suite import add_arguments
+    except ModuleNotFoundError:  # a folder of sources: `bench` has its place there when installed
+        return
 
     bench = commands.add_parser(
         "bench",
