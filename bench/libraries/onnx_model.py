@@ -30,13 +30,20 @@ def inputs(given: Problem) -> dict[str, np.ndarray]:
     return found
 
 
-def model(shape: Shape, given: Problem, steps: int) -> bytes:
-    """A model of `steps` steps from x, h_0, c_0 and lengths to y, h_n and c_n.
+def model(shape: Shape, given: Problem, mode: str) -> bytes:
+    """A model of all steps, or of one for a stream, from x, h_0, c_0 and lengths to y, h_n and c_n.
 
-    Weights are initialisers: a runtime may re-lay them when it loads the model.
+    Weights are initialisers: a runtime may re-lay them when it loads the model. Raises
+    NotImplementedError for what the runtimes do not do.
     """
     import onnx
     from onnx import helper, numpy_helper
+
+    if mode == "training":
+        raise NotImplementedError("no gradients")
+    if shape.dtype != "float32":
+        raise NotImplementedError(f"no recurrent layers in {shape.dtype}")
+    steps = 1 if mode == "stream" else shape.T
 
     operator, order, attributes = OPERATORS[shape.cell]
     L, D, B, H = shape.layers, shape.directions, shape.B, shape.H

@@ -29,15 +29,11 @@ class OnnxRuntime(Library):
         self.about = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
 
     def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
-        if mode == "training":
-            raise NotImplementedError("no gradients")
-        if shape.dtype != "float32":
-            raise NotImplementedError(f"no recurrent layers in {shape.dtype}")
         stream = mode == "stream"
         options = self.library.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         session = self.library.InferenceSession(
-            onnx_model.model(shape, given, 1 if stream else shape.T),
+            onnx_model.model(shape, given, mode),
             options,
             providers=["CPUExecutionProvider"],
         )

@@ -40,12 +40,8 @@ class OpenVino(Library):
         self.about = {"openvino": version, "onnx": onnx.__version__}
 
     def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
-        if mode == "training":
-            raise NotImplementedError("no gradients")
-        if shape.dtype != "float32":
-            raise NotImplementedError(f"no recurrent layers in {shape.dtype}")
         stream = mode == "stream"
-        model = self.core.read_model(onnx_model.model(shape, given, 1 if stream else shape.T))
+        model = self.core.read_model(onnx_model.model(shape, given, mode))
         compiled = self.core.compile_model(model, "CPU", self.options)
         request = compiled.create_infer_request()
         inputs = onnx_model.inputs(given)
