@@ -20,7 +20,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t H, rows;
     ptrdiff_t unit0, unit1; /* units [unit0, unit1), unit0 on a vector's border */
-    const T *z;             /* in [rows][unit block][slot][W], from unit 0 on */
+    T *z;                   /* in [rows][unit block][slot][W], from unit 0 on; then scratch */
     ptrdiff_t z_row;
     const T *const *h_prev; /* in */
     const T *const *c_prev; /* in; may be the same rows as c */
@@ -57,14 +57,21 @@ typedef struct {
     cell_stage stage[RF_MAX_STAGES];
 } cell;
 
-/* Loops of a pointwise part over rows r and vectors of units u; n is the number of units left. */
+/* Loops of a pointwise part over rows r and vectors of units u; n is the number of units left.
+ * Where an activation needs another's result, it is in a second loop: a core overlaps the latencies
+ * of neighbours, and two activations one after the other are more instructions than it looks
+ * ahead. */
 #define FOR_UNITS(block)                                                                           \
     for (ptrdiff_t r = 0; r < (block)->rows; r++)                                                  \
         for (ptrdiff_t u = (block)->unit0, n; n = (block)->unit1 - u, n > 0; u += W)
 
-/* The pre-activation in a slot. */
+/* The pre-activation in a slot; and what replaces it there, between two loops of a part. */
 RF_INLINE vec z_slot(const forward_block *b, ptrdiff_t r, ptrdiff_t u, int slots, int slot) {
     return load(b->z + r * b->z_row + u * slots + slot * W);
+}
+RF_INLINE void z_keep(const forward_block *b, ptrdiff_t r, ptrdiff_t u, int slots, int slot,
+                      vec v) {
+    store(b->z + r * b->z_row + u * slots + slot * W, v);
 }
 
 RF_INLINE vec get(const T *const *rows, ptrdiff_t r, ptrdiff_t u, ptrdiff_t n) {
