@@ -33,13 +33,24 @@ static inline double plan_step_ns(double operations, double bytes, int waits) {
     return compute + 0.5 * read + waits * RF_BARRIER_NS; /* half of the reading is hidden */
 }
 
+/* Blocks of the worker that has most, where whole groups of blocks are shared out, the last group
+ * may be incomplete, and the last workers have one more than the others. */
+static inline ptrdiff_t plan_largest(ptrdiff_t blocks, ptrdiff_t group, int workers) {
+    const ptrdiff_t groups = (blocks + group - 1) / group, more = groups % workers;
+    const ptrdiff_t fewer = groups / workers * group, missing = groups * group - blocks;
+    if (more != 1) return more ? fewer + group : fewer;
+    return fewer + group - missing > fewer ? fewer + group - missing : fewer;
+}
+
 /* For a call of so many steps and `passes` times the forward products (backward takes 2, and 1 to
  * recompute and to wait): with one worker for each 1e6 operations at most, rows are shared out or,
- * where a step is faster so, units. `groups`: how many parts the units can be cut into; `waits`:
- * barriers of a step then; `bytes`: of the weights that a step reads. */
+ * where a step is faster so, units, in groups of so many of their blocks. `waits`: barriers of a
+ * step then; `bytes`: of the weights that a step reads. */
 static inline layer_plan plan_layer(const rf_shape *s, ptrdiff_t steps, const rf_run *run,
-                                    int passes, ptrdiff_t groups, int waits, double bytes) {
+                                    int passes, ptrdiff_t blocks, ptrdiff_t group, int waits,
+                                    double bytes) {
     const int threads = run->threads;
+    const ptrdiff_t groups = (blocks + group - 1) / group;
     const int by_rows = (int)(s->B < threads ? s->B : threads);
     const int by_units = (int)(groups < threads ? groups : threads);
     layer_plan plan = {RF_PLAN_BATCH, by_rows};
@@ -52,7 +63,9 @@ static inline layer_plan plan_layer(const rf_shape *s, ptrdiff_t steps, const rf
         const double all = passes * step * (double)steps * s->directions;
         const double rows = by_rows > 1 ? (double)((s->B + by_rows - 1) / by_rows) : (double)s->B;
         /* Where it is a close thing, workers that need not wait for each other are better off. */
-        if (possible && plan_step_ns(step / by_units, bytes / by_units, waits) <
+        const double share =
+            possible ? (double)plan_largest(blocks, group, by_units) / (double)blocks : 1;
+        if (possible && plan_step_ns(step * share, bytes * share, waits) <
                             0.9 * plan_step_ns(row * rows, bytes, 0))
             plan = (layer_plan){RF_PLAN_UNITS, by_units};
         if (all < RF_WORKER_OPERATIONS * plan.workers)

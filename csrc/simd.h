@@ -27,7 +27,7 @@ typedef T_int ivec __attribute__((vector_size(RF_BYTES))); /* also masks: 0 or -
 typedef T vec_u __attribute__((vector_size(RF_BYTES), aligned(sizeof(T)), may_alias));
 
 /* Lanes of a vector, and accumulators of a register tile: three quarters of the register file, the
- * rest for one row of the weights and a broadcast. */
+ * rest for the factors of a term or its weights, whichever are fewer, and one of the others. */
 enum { W = RF_BYTES / sizeof(T) };
 #if RF_BYTES == 64 || defined(__aarch64__)
 #define RF_ACCUMULATORS 24

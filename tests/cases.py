@@ -30,9 +30,10 @@ class Shape(NamedTuple):
     H: int
 
 
-# Vectors hold 2, 4, 8 or 16 numbers, register tiles 3 or 6 rows and up to 4 vectors, panels of
-# sums 64 to 256 terms or that many rows of (t, b): sizes lie at these, one below, one above; the
-# rest are ones and primes.
+# Vectors hold 2, 4, 8 or 16 numbers, register tiles up to 8 rows and 4 vectors, groups of units 32
+# or 64, panels of sums 64 or 128 terms or that many rows of (t, b): sizes lie at these, one below,
+# one above; single rows, which take several panels at once, have sizes of their own; the rest are
+# ones and primes.
 SHAPES = tuple(
     Shape(*shape)
     for shape in (
@@ -55,6 +56,9 @@ SHAPES = tuple(
         (2, 2, 257, 6),
         (1, 19, 6, 128),
         (67, 4, 3, 5),
+        (3, 1, 70, 63),
+        (2, 1, 3, 200),
+        (2, 10, 65, 72),
     )
 )
 LENGTHS = ("none", "uneven", "with zero", "all zero")

@@ -20,7 +20,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t H, rows;
     ptrdiff_t unit0, unit1; /* units [unit0, unit1), unit0 on a vector's border */
-    T *z;                   /* in [rows][unit block][slot][W], from unit 0 on; then scratch */
+    T *z; /* in [rows][unit block][slot][W], from unit 0 on; a stage may write to its own slots */
     ptrdiff_t z_row;
     const T *const *h_prev; /* in */
     const T *const *c_prev; /* in; may be the same rows as c */

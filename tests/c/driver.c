@@ -951,16 +951,19 @@ static void check_small(int quick) {
                 }
 }
 
-/* Sizes beyond the chunks of steps, the panels of sums and the blocks of rows. */
+/* Sizes beyond the chunks of steps, the panels of sums, the blocks of rows and the groups of units;
+ * and no steps, or one row, of more than a group. */
 static void check_large(int quick) {
     static const ptrdiff_t sizes[][4] = {{40, 33, 130, 67}, {3, 300, 5, 40}, {260, 2, 270, 24},
-                                         {2, 7, 20, 290},   {300, 1, 1, 1},  {9, 100, 3, 65}};
+                                         {2, 7, 20, 290},   {300, 1, 1, 1},  {9, 100, 3, 65},
+                                         {0, 1, 5, 70},     {7, 1, 9, 140}};
+    const int n_sizes = (int)(sizeof sizes / sizeof *sizes);
     static const int threads[] = {2, 3, 7};
     for (int cell = 0, i = 0; cell < RF_N_CELLS; cell++)
         for (int walk = 0; walk < N_WALKS; walk++)
             for (int lengths = 0; lengths < N_LENGTHS; lengths++, i++) {
                 if (quick && i % 3) continue;
-                problem p = make_problem(cell, walk, sizes[(i + cell) % 6], lengths);
+                problem p = make_problem(cell, walk, sizes[(i + cell) % n_sizes], lengths);
                 check_problem(&p, 0, threads, 3);
                 free_problem(&p);
             }
@@ -987,7 +990,7 @@ static void *call_often(void *arg) {
 }
 
 static void check_concurrent(void) {
-    static const ptrdiff_t size[4] = {20, 13, 9, 17};
+    static const ptrdiff_t size[4] = {20, 13, 9, 70};
     for (int cell = 0; cell < RF_N_CELLS; cell++) {
         problem p = make_problem(cell, N_WALKS - 1, size, UNEVEN);
         const rf_kernels *k = rf_find_kernels(isas[n_isas - 1], (rf_dtype)(cell % RF_N_DTYPES));
