@@ -468,8 +468,16 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_the_same_bits(text, tmp_path, s
     assert final[0] == final[1]
 
 
+@pytest.fixture
+def hangs_up():
+    """What is started ends with its terminal, even if these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_other_signals_are_like_ctrl_c(text, tmp_path, number):
+def test_other_signals_are_like_ctrl_c(text, tmp_path, number, hangs_up):
     out = tmp_path / "out"
     process = start("train", "--text", text, "--out", out, *SMALL, "--steps", 3000)
     wait_for_steps(out, process)
@@ -510,7 +518,7 @@ os.execv(sys.executable, [sys.executable, "-m", "rnnfast", *sys.argv[1:]])
 """
 
 
-def test_a_terminal_that_is_closed(text, tmp_path):
+def test_a_terminal_that_is_closed(text, tmp_path, hangs_up):
     out = tmp_path / "out"
     screen, terminal = pty.openpty()
     command = ["train", "--text", text, "--out", str(out), *SMALL, "--steps", "20000"]
