@@ -140,7 +140,9 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "rnnfast.bench.worker", self.library, str(self.threads)]
+        # -P: the installed package, also in a folder that has sources of it.
+        module = "rnnfast.bench.worker"
+        command = [sys.executable, "-P", "-m", module, self.library, str(self.threads)]
         told = library(self.library).environment(self.threads, self._isa)
         self._process = subprocess.Popen(
             command,

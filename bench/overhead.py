@@ -44,7 +44,7 @@ def import_seconds(times: int = IMPORTS) -> dict[str, list[float]]:
     timed = "began = clock(); import {}; print(clock() - began)"
     code = "\n".join(["from time import perf_counter as clock", *map(timed.format, names)])
     for _ in range(times):
-        command = [sys.executable, "-c", code]
+        command = [sys.executable, "-P", "-c", code]  # not what lies in this folder
         run = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
         for name, seconds in zip(names, run.stdout.split(), strict=True):
             found[name].append(float(seconds))

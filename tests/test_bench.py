@@ -259,6 +259,14 @@ def test_a_worker_answers_failure_and_goes_on(tmp_path):
     assert kinds == ["about", "error", "counted", "seconds", "error", "error"]
 
 
+def test_workers_are_of_the_installed_package_in_a_folder_of_sources(tmp_path, monkeypatch):
+    (tmp_path / "rnnfast").mkdir()
+    (tmp_path / "rnnfast" / "__init__.py").write_text("raise ImportError('not built')\n")
+    monkeypatch.chdir(tmp_path)
+    with measure.Worker(OURS, 1) as one:
+        assert one.about["rnnfast"] == rnnfast.__version__
+
+
 def test_a_worker_that_ends_has_failed_and_comes_back():
     with measure.Worker(OURS, 1) as one:
         one._process.kill()
