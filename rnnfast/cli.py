@@ -96,15 +96,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # the terminal may have gone
+    try:
         print(f"rnnfast: {' '.join(message.split())}", file=sys.stderr)
+        sys.stdout.flush()
+    except OSError:  # the terminal may have gone, and Python would fail on it at the end again
+        _drop_output()
     return code
 
 
 def _drop_output() -> None:
     """From now on nothing is shown: nobody is there to read it, and writing would only fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
