@@ -106,10 +106,12 @@ typedef struct {
     void *dh_0, *dc_0;       /* out [D, B, H], or NULL; a row that ends before step0 has its dh_n,
                               * dc_n here. May alias dh_n, dc_n */
     rf_weights grads[RF_MAX_DIRECTIONS]; /* out, each pointer NULL if not wanted; overwritten */
-    /* If D = 1, or each NULL: what those gradients are added to once they are complete; a call that
-     * is ended early adds nothing, and is not polled while it adds. `grads` is scratch then. Not
-     * for an empty slice. Spares a pass over all of them. */
+    /* If D = 1, or each NULL: what those gradients are added to once they are complete, or, with
+     * `replace`, where they stand instead of what was there; a call that is ended early changes
+     * nothing there, and is not polled while it does. `grads` is scratch then. Not for an empty
+     * slice. Spares a pass over all of them. */
     rf_weights add_to;
+    int replace;
     void *workspace; /* backward_workspace() bytes, 64-byte aligned */
     rf_run run;
 } rf_backward_args;

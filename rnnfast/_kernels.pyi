@@ -100,11 +100,12 @@ def backward(
     plan: int,
     light: tuple[Pack, int, Any, Any, Any, Any] | None = None,
     add_to: tuple[Any, Any, Any, Any] | None = None,
+    replace: bool = False,
 ) -> tuple[str, int]:
     """Outputs are overwritten, not added to; the tape is never written.
 
-    `add_to`, of one direction: what those gradients are added to at the end, all or none of them;
-    `grads` is scratch then.
+    `add_to`, of one direction: what those gradients are added to at the end, or with `replace` put
+    instead of, all or none of them; `grads` is scratch then.
 
     `light`, for a light tape: forward's pack and steps, the tape's h and c (None where the cell has
     no c), and scratch h_n [B, H] and c_n. Then gates [steps, B, Gt, H], h_tape [steps+1, B, H] and

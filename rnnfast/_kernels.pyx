@@ -122,6 +122,7 @@ cdef extern from "kernels.h":
         void *dc_0
         rf_weights grads[2]
         rf_weights add_to
+        int replace
         void *workspace
         rf_run run
     ctypedef enum rf_dtype:
@@ -595,6 +596,7 @@ def forward(
 def backward(
     Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
     bint reverse, int threads, int plan, tuple light=None, tuple add_to=None,
+    bint replace=False,
 ):
     cdef Views views
     cdef rf_backward_args args
@@ -612,6 +614,7 @@ def backward(
     views.n = 0
     memset(args.grads, 0, sizeof(args.grads))
     memset(&args.add_to, 0, sizeof(args.add_to))
+    args.replace = replace
     try:
         take_seq(&views, x, 0, &args.x)
         args.shape = pack.shape

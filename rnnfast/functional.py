@@ -154,11 +154,12 @@ def run_backward(
     packed: Any, tape: Tape, dy: np.ndarray | None, dh_n: np.ndarray | None,
     dc_n: np.ndarray | None, dx: np.ndarray | None, dh_0: np.ndarray | None,
     dc_0: np.ndarray | None, grads: tuple | None, add_to: tuple | None = None,
+    replace: bool = False,
 ) -> tuple[str, int]:  # fmt: skip
     """One layer backward into dx, dh_0, dc_0 and grads (each None where not wanted).
 
     `grads` has one (dW, dR, db_ih, db_hh) per direction. With `add_to`, the same of one direction,
-    gradients are added to that, all or none, and grads is scratch. Returns what ran.
+    gradients are added to that, or replace it, all or none, and grads is scratch. Returns what ran.
     """
     x, gates, h, c, light = tape.x, tape.gates, tape.h, tape.c, None
     if tape.steps:
@@ -182,7 +183,7 @@ def run_backward(
         light = tape.pack, tape.steps, tape.h, tape.c, h_n, c_n
     return _kernels.backward(
         packed, x, tape.lengths, gates, h, c, dy, dh_n, dc_n, dx, dh_0, dc_0,
-        grads, tape.reverse, config.threads, config.plan, light, add_to,
+        grads, tape.reverse, config.threads, config.plan, light, add_to, replace,
     )  # fmt: skip
 
 

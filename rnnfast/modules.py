@@ -394,16 +394,19 @@ class Recurrent:
         return tuple(results)
 
     def backward(
-        self, tape: StackTape, dy: Any = None, dstate: Any = None, *, need_dx: bool = True
-    ) -> tuple[np.ndarray | None, Any]:
-        """Backpropagation through time along `tape`; adds to `grads`.
+        self, tape: StackTape, dy: Any = None, dstate: Any = None, *, need_dx: bool = True,
+        accumulate: bool = True,
+    ) -> tuple[np.ndarray | None, Any]:  # fmt: skip
+        """Backpropagation through time along `tape`; adds to `grads`, or replaces them.
 
         dy: gradient of the loss by y, shaped as y; dstate: by the last states, shaped as they
-        were; each may be None for zeros. A tape may be used again.
+        were; each may be None for zeros. A tape may be used again. accumulate: False is what
+        `zero_grad` and then True would be, without clearing and reading all gradients; it is much
+        faster where they are large and T B is small.
 
         Returns dx, shaped as x (None without `need_dx`, which spares a product), and the gradient
         by the initial states. Raises as a call does; `grads` are then as they were,
-        or, interrupted at the very end, all of them are added to.
+        or, interrupted at the very end, all of them are new.
 
         >>> lstm = LSTM(3, 5)
         >>> y, _, tape = lstm.forward_train(np.zeros((7, 2, 3), np.float32))
@@ -412,6 +415,7 @@ class Recurrent:
         ((7, 2, 3), (1, 2, 5), True)
         """
         need_dx = checks.boolean("need_dx", need_dx)
+        accumulate = checks.boolean("accumulate", accumulate)
         layers, (p, seed, call) = self._own_tapes(tape)
         dtype, pair = self._dtype, self._pair
         I, H, L, D = self._sizes
@@ -426,8 +430,8 @@ class Recurrent:
             dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched)
         checks.room("tape", T * B * (I + 2 * N), dtype.itemsize)
 
-        # Into a buffer first: an interrupted call adds nothing to the gradients. The kernel of a
-        # single layer in one direction adds it itself, unless another thread is about to add. The
+        # Into a buffer first: an interrupted call leaves the gradients as they are. The kernel of a
+        # single layer in one direction takes it there, unless another thread is about to add. The
         # buffer is kept for the next call, and off the list meanwhile: threads may call at once.
         adding = self._adding_lock()
         scratch = self._scratch.pop() if self._scratch else self._new_scratch()
@@ -446,7 +450,7 @@ class Recurrent:
             with _kernels.Turn(adding if L == D == 1 else None) as held:
                 run_backward(
                     packed, layers[layer], dy, dh_last, dc_last, dx, dh_first, dc_first,
-                    grads[layer], self._own_grads[0][0] if held else None,
+                    grads[layer], self._own_grads[0][0] if held else None, not accumulate,
                 )  # fmt: skip
             if layer and p:  # the mask between this layer and the one below
                 dy = new_array(dx.shape, dtype)
@@ -458,7 +462,10 @@ class Recurrent:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
         if not held:
             with adding, np.errstate(all="ignore"):  # NaN and inf are results
-                self._flat_grads += fresh
+                if accumulate:
+                    self._flat_grads += fresh
+                else:
+                    self._flat_grads[...] = fresh
         if not self._scratch:
             self._scratch.append(scratch)
         return dx_result, dh_0 if dc_0 is None else (dh_0, dc_0)

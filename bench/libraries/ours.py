@@ -20,7 +20,7 @@ CLASSES = {
 
 
 class Ours(Library):
-    """Frozen for inference, as ONNX Runtime and OpenVINO have their weights re-laid beforehand.
+    """At its best: gradients replaced, not added to. Frozen for inference, as ONNX Runtime and OpenVINO have their weights re-laid beforehand.
 
     For training it is not: there the weights change between two calls.
     """
@@ -53,9 +53,8 @@ class Ours(Library):
         if mode == "training":
 
             def train() -> tuple:
-                module.zero_grad()
                 y, state_n, tape = module.forward_train(x, state, lengths)
-                return y, state_n, *module.backward(tape, dy)
+                return y, state_n, *module.backward(tape, dy, accumulate=False)
 
             def gradients(value: tuple) -> dict:
                 y, state_n, dx, dstate = value

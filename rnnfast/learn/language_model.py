@@ -98,10 +98,9 @@ class LanguageModel:
         logits = self.head.forward(rows)
         loss, _ = cross_entropy(logits, targets.ravel())
 
-        self.rnn.zero_grad()
         self._flat_grads.fill(0)
         dy = self.head.backward(rows, logits)  # by now the gradient of the logits
-        dx, _ = self.rnn.backward(tape, dy.reshape(y.shape))
+        dx, _ = self.rnn.backward(tape, dy.reshape(y.shape), accumulate=False)
         if self.embedding_size:
             self.embedding.backward(inputs, dx)
         return loss, state
