@@ -16,7 +16,7 @@
 #define SMALL_BYTES ((size_t)64 << 10)
 #define HUGE_PAGE ((size_t)2 << 20)
 #define PAGE ((size_t)64 << 10) /* a multiple of every page in use */
-#define MOST_KEPT 16
+#define MOST_KEPT 32
 
 /* Sanitizers see neither the ends of what mmap returns nor its use after it was given back. */
 #if defined(__has_feature)

@@ -9,7 +9,7 @@
 #include <stddef.h>
 
 /* Most bytes that are kept in all. */
-#define RF_KEPT_BYTES ((size_t)128 << 20)
+#define RF_KEPT_BYTES ((size_t)512 << 20)
 
 typedef struct {
     void *data; /* 64-byte aligned; NULL: there is no memory */

@@ -62,8 +62,8 @@ typedef struct {
  * of neighbours, and two activations one after the other are more instructions than it looks
  * ahead. */
 #define FOR_UNITS(block)                                                                           \
-    for (ptrdiff_t r = 0; r < (block)->rows; r++)                                                  \
-        for (ptrdiff_t u = (block)->unit0, n; n = (block)->unit1 - u, n > 0; u += W)
+    for (ptrdiff_t r = 0, u = (block).unit0, n = (block).unit1 - u; n > 0 && r < (block).rows;     \
+         n > W ? (u += W, n -= W) : (r++, u = (block).unit0, n = (block).unit1 - u))
 
 /* The pre-activation in a slot; and what replaces it there, between two loops of a part. */
 RF_INLINE vec z_slot(const forward_block *b, ptrdiff_t r, ptrdiff_t u, int slots, int slot) {
