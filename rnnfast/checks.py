@@ -151,12 +151,11 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> str:
     >>> choice("nonlinearity", "relu", ("tanh", "relu"))
     'relu'
     """
-    needs = " or ".join(repr(c) for c in choices)
-    if type(value) is not str:
-        fail(TypeError, name, describe(value), needs)
-    if value not in choices:
-        fail(ValueError, name, describe(value), needs)
-    return value
+    right = type(value) is str
+    if right and value in choices:
+        return value
+    needs = " or ".join(map(repr, choices))
+    fail(ValueError if right else TypeError, name, describe(value), needs)
 
 
 def choices(name: str, value: Any, choices: Iterable[str]) -> set[str]:

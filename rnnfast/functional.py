@@ -221,51 +221,58 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtyp
     if type(tape) is not Tape:
         checks.fail(TypeError, "tape", checks.describe(tape), "what forward returned as its tape")
     altered = "an altered one", "one as forward returned it"
-    own = Tape()
     try:
-        for name in Tape.__slots__:
-            value = getattr(tape, name)
-            setattr(own, name, value[...] if type(value) is np.ndarray else value)
-        tape = own
-        x, h, lengths = tape.x, tape.h, tape.lengths
-        arrays = type(h) is np.ndarray and h.ndim == 4 and type(x) is np.ndarray and x.ndim == 3
-        if not arrays:
-            checks.fail(ValueError, "tape", *altered)
-        if tape.cell != cell.name:
-            checks.fail(ValueError, "tape", f"one of cell {tape.cell!r}", f"one of {cell.name!r}")
-        light = type(tape.steps) is int and tape.steps > 0
-        if (x.shape[2], h.shape[3], h.shape[1 if light else 0]) != sizes or h.dtype != dtype:
-            I, H, D = sizes
-            needs = f"one with I={I}, H={H}, D={D} in {dtype}"
-            checks.fail(ValueError, "tape", f"{tape!r} in {h.dtype}", needs)
-        T, B, _ = x.shape
-        I, H, D = sizes
-        states, gates = (D, T + 1, B, H), 0 if light else len(cell.tape_gates)
-        if lengths is not None and _is(lengths, (B,), checks.INTP):
-            tape.lengths = lengths = lengths.copy()
-        right = (lengths is None or _is(lengths, (B,), checks.INTP)) and (
-            lengths is None or B == 0 or 0 <= lengths.min() <= lengths.max() <= T
-        )
-        if not light:
-            right = right and tape.pack is None and type(tape.steps) is int and tape.steps == 0
-        elif right := right and _is_pack_of(tape.pack, cell, sizes, dtype):
-            steps, slices = _slices(cell, tape.pack, _longest(lengths, T, B), B)
-            right, states = steps == tape.steps, (slices, D, B, H)
-        right = (
-            right
-            and _is(h, states, dtype)
-            and _is(tape.c, states if "c" in cell.states else None, dtype)
-            and _is(tape.gates, (D, T, B, gates, H) if gates else None, dtype)
-            and x.dtype == dtype
-            and checks.has_rows(x)
-            and type(tape.reverse) is type(tape.batch_first) is type(tape.unbatched) is bool
-            and (B == 1 or not tape.unbatched)
-        )
+        x, h, c, gates, lengths = _views(tape.x, tape.h, tape.c, tape.gates, tape.lengths)
+        steps, pack, reverse = tape.steps, tape.pack, tape.reverse
+        batch_first, unbatched = tape.batch_first, tape.unbatched
+        name, plan, threads, isa = tape.cell, tape.plan, tape.threads, tape.isa
     except AttributeError:  # a tape that was never filled
-        right = False
-    if not right:
         checks.fail(ValueError, "tape", *altered)
+    if not (type(h) is type(x) is np.ndarray and h.ndim == 4 and x.ndim == 3):
+        checks.fail(ValueError, "tape", *altered)
+    if name != cell.name:
+        checks.fail(ValueError, "tape", f"one of cell {name!r}", f"one of {cell.name!r}")
+    light = type(steps) is int and steps > 0
+    if (x.shape[2], h.shape[3], h.shape[1 if light else 0]) != sizes or h.dtype != dtype:
+        I, H, D = sizes
+        needs = f"one with I={I}, H={H}, D={D} in {dtype}"
+        checks.fail(ValueError, "tape", f"{tape!r} in {h.dtype}", needs)
+    T, B, _ = x.shape
+    I, H, D = sizes
+    states, n_gates = (D, T + 1, B, H), 0 if light else len(cell.tape_gates)
+    right = True
+    if lengths is not None:
+        right = _is(lengths, (B,), checks.INTP)
+        if right:
+            lengths = lengths.copy()
+            right = B == 0 or 0 <= lengths.min() <= lengths.max() <= T
+    if not light:
+        right = right and pack is None and type(steps) is int and steps == 0
+    elif right := right and _is_pack_of(pack, cell, sizes, dtype):
+        these, slices = _slices(cell, pack, _longest(lengths, T, B), B)
+        right, states = these == steps, (slices, D, B, H)
+    if not (
+        right
+        and _is(h, states, dtype)
+        and _is(c, states if "c" in cell.states else None, dtype)
+        and _is(gates, (D, T, B, n_gates, H) if n_gates else None, dtype)
+        and x.dtype == dtype
+        and checks.has_rows(x)
+        and type(reverse) is type(batch_first) is type(unbatched) is bool
+        and (B == 1 or not unbatched)
+    ):
+        checks.fail(ValueError, "tape", *altered)
+    own = Tape()
+    own.x, own.h, own.c, own.gates, own.lengths = x, h, c, gates, lengths
+    own.steps, own.pack, own.reverse = steps, pack, reverse
+    own.batch_first, own.unbatched = batch_first, unbatched
+    own.cell, own.plan, own.threads, own.isa = name, plan, threads, isa
     return own
+
+
+def _views(*values: Any) -> list[Any]:
+    """Fresh views of those that are arrays."""
+    return [value[...] if type(value) is np.ndarray else value for value in values]
 
 
 def _is_pack_of(pack: Any, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtype) -> bool:

@@ -55,7 +55,7 @@ class StackTape:
     def __init__(
         self, layers: tuple[Tape, ...], dropout: tuple[float, int, int], owner: bytes
     ) -> None:
-        most = max(layers, key=lambda layer: layer.threads)
+        most = layers[0] if len(layers) == 1 else max(layers, key=lambda layer: layer.threads)
         self.layers = layers
         self.plan, self.threads, self.isa = most.plan, most.threads, most.isa
         self._dropout = dropout  # probability, seed, call: what the masks are made of

@@ -1,9 +1,12 @@
-"""A single layer in one direction adds to its module's gradients in the kernel itself, all or none.
+"""A single layer in one direction takes its gradients to its module's in the kernel itself.
 
-What is added must be what the functional call returns, to the bit, and never what the scratch held.
+What is added, or replaces them, must be what the functional call returns, to the bit, and never what
+the scratch held, nor with accumulate=False what was there before.
 """
 
 import itertools
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -36,10 +39,10 @@ def dirty(module):
     return module
 
 
-def trained(module, x, dy, lengths, tape):
+def trained(module, x, dy, lengths, tape, accumulate=True):
     y, _, kept = module.forward_train(x, lengths=lengths, tape=tape)
     assert y.shape == dy.shape
-    module.backward(kept, dy)
+    module.backward(kept, dy, accumulate=accumulate)
     return kept
 
 
@@ -60,8 +63,13 @@ def test_what_is_added(kind, bias, threads):
             kept = trained(module, x, dy, lengths, tape)
             weights = tuple(module.params.values()) + (() if bias else (None, None))
             fresh = BACKWARD[kind](kept.layers[0], weights, dy, None).weights
-            want = base + np.concatenate([g.ravel() for g in fresh if g is not None])
-            np.testing.assert_array_equal(module.flat_grads, want, err_msg=f"{T=} {B=} {tape=}")
+            fresh = np.concatenate([g.ravel() for g in fresh if g is not None])
+            case = f"{T=} {B=} {tape=}"
+            np.testing.assert_array_equal(module.flat_grads, base + fresh, err_msg=case)
+            dirty(module)
+            module.flat_grads.fill(np.nan)
+            trained(module, x, dy, lengths, tape, accumulate=False)
+            np.testing.assert_array_equal(module.flat_grads, fresh, err_msg=case)
     finally:
         rnnfast.set_num_threads(before)
 
@@ -79,7 +87,63 @@ def test_a_panel_too_long_to_go_unpolled_adds_the_same():
         module.flat_grads = base = np.ones(module.flat_grads.size, np.float32)
         kept = trained(module, x, dy, None, "full")
         fresh = BACKWARD["lstm"](kept.layers[0], tuple(module.params.values()), dy, None).weights
-        want = base + np.concatenate([g.ravel() for g in fresh])
-        np.testing.assert_array_equal(module.flat_grads, want)
+        fresh = np.concatenate([g.ravel() for g in fresh])
+        np.testing.assert_array_equal(module.flat_grads, base + fresh)
+        dirty(module)
+        module.flat_grads.fill(np.nan)
+        trained(module, x, dy, None, "full", accumulate=False)
+        np.testing.assert_array_equal(module.flat_grads, fresh)
     finally:
         rnnfast.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacks_and_two_directions_replace_too(kind):
+    rng = np.random.default_rng(3)
+    x, dy = (rng.standard_normal((9, 3, n), dtype=np.float32) for n in (6, 10))
+    module = KINDS[kind](6, 5, 2, bidirectional=True, seed=1)
+    trained(module, x, dy, None, "full")
+    once = module.flat_grads.copy()
+    dirty(module)
+    module.flat_grads.fill(np.nan)
+    trained(module, x, dy, None, "full", accumulate=False)
+    np.testing.assert_array_equal(module.flat_grads, once)
+
+
+def test_a_call_that_is_interrupted_changes_all_gradients_or_none():
+    """At whatever poll, whether it adds or replaces."""
+    T, B, I, H = 40, 160, 300, 300
+    rng = np.random.default_rng(4)
+    x, dy = (rng.standard_normal((T, B, n), dtype=np.float32) for n in (I, H))
+    module = rnnfast.LSTM(I, H, seed=1)
+    kept = trained(module, x, dy, None, "full")
+    module.flat_grads = before = rng.standard_normal(module.flat_grads.size, dtype=np.float32)
+
+    class Stop(Exception):
+        pass
+
+    def stop(number, frame):
+        raise Stop
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        for accumulate in (True, False):
+            started = time.perf_counter()
+            module.backward(kept, dy, accumulate=accumulate)
+            whole = time.perf_counter() - started
+            after = module.flat_grads.copy()
+            interrupted = 0
+            for share in np.linspace(0.05, 0.95, 9):
+                module.flat_grads = before
+                signal.setitimer(signal.ITIMER_REAL, max(1e-4, share * whole))
+                try:
+                    module.backward(kept, dy, accumulate=accumulate)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except Stop:
+                    interrupted += 1
+                got = module.flat_grads
+                assert (got == before).all() or (got == after).all()
+            assert interrupted
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
