@@ -52,6 +52,7 @@ kernels = Extension(
         "csrc/dispatch.c",
         "csrc/memory.c",
         "csrc/pool.c",
+        "csrc/wavefront.c",
         "csrc/isa/base_f32.c",
         "csrc/isa/base_f64.c",
         "csrc/isa/avx2_f32.c",

@@ -21,7 +21,15 @@ typedef enum {
 
 typedef enum { RF_F32, RF_F64, RF_N_DTYPES } rf_dtype;
 /* Who does what: one worker all; each some rows of the batch; each some hidden units. */
-typedef enum { RF_PLAN_AUTO, RF_PLAN_SERIAL, RF_PLAN_BATCH, RF_PLAN_UNITS, RF_N_PLANS } rf_plan;
+typedef enum {
+    RF_PLAN_AUTO,
+    RF_PLAN_SERIAL,
+    RF_PLAN_BATCH,
+    RF_PLAN_UNITS,
+    RF_PLAN_DIRECTIONS,
+    RF_PLAN_WAVEFRONT, /* of several layers, see wavefront.h; a layer by itself takes batch */
+    RF_N_PLANS
+} rf_plan;
 typedef enum { RF_PACK_FORWARD, RF_PACK_BACKWARD } rf_pack_kind;
 typedef enum { RF_EXP, RF_TANH, RF_SIGMOID, RF_N_VMATH } rf_vmath_id;
 
@@ -125,6 +133,8 @@ typedef struct {
                 rf_run *run); /* nonzero: ended early, by poll or a fork in it; so below */
     ptrdiff_t (*forward_workspace)(const rf_shape *shape, int threads);
     int (*forward)(rf_forward_args *args);
+    /* What a step of all rows is thought to take, with the plan that a call would run. */
+    double (*forward_step_ns)(const rf_shape *shape, const rf_run *run);
     ptrdiff_t (*backward_workspace)(const rf_shape *shape, int threads);
     int (*backward)(rf_backward_args *args);
     /* Borders of backward's slices lie at a multiple of so many steps before the end of the longest

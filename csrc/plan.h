@@ -24,6 +24,7 @@
 typedef struct {
     int plan; /* rf_plan, but not auto */
     int workers;
+    double step_ns; /* of a step of all rows and directions */
 } layer_plan;
 
 static inline double plan_step_ns(double operations, double bytes, int waits) {
@@ -44,35 +45,43 @@ static inline ptrdiff_t plan_largest(ptrdiff_t blocks, ptrdiff_t group, int work
 
 /* For a call of so many steps and `passes` times the forward products (backward takes 2, and 1 to
  * recompute and to wait): with one worker for each 1e6 operations at most, rows are shared out or,
- * where a step is faster so, units, in groups of so many of their blocks. `waits`: barriers of a
- * step then; `bytes`: of the weights that a step reads. */
+ * where a step is faster so, units, in groups of so many of their blocks, or the directions, of
+ * which `sides` may run side by side. `waits`: barriers of a step of units; `bytes`: of the weights
+ * that a step reads. */
 static inline layer_plan plan_layer(const rf_shape *s, ptrdiff_t steps, const rf_run *run,
-                                    int passes, ptrdiff_t blocks, ptrdiff_t group, int waits,
-                                    double bytes) {
-    const int threads = run->threads;
+                                    int passes, ptrdiff_t blocks, ptrdiff_t group, int sides,
+                                    int waits, double bytes) {
+    const int threads = run->threads, D = s->directions;
     const ptrdiff_t groups = (blocks + group - 1) / group;
     const int by_rows = (int)(s->B < threads ? s->B : threads);
     const int by_units = (int)(groups < threads ? groups : threads);
-    layer_plan plan = {RF_PLAN_BATCH, by_rows};
-    const int possible = by_units > 1 && s->B <= RF_UNITS_MOST_ROWS;
-    if (run->plan == RF_PLAN_UNITS && possible) plan = (layer_plan){RF_PLAN_UNITS, by_units};
-    if (run->plan == RF_PLAN_AUTO) {
-        /* 4 gates, and an activation counted as 50 operations. */
-        const double row = 4.0 * (double)s->H * (2.0 * (double)(s->I + s->H) + 50.0);
-        const double step = row * (double)s->B;
-        const double all = passes * step * (double)steps * s->directions;
-        const double rows = by_rows > 1 ? (double)((s->B + by_rows - 1) / by_rows) : (double)s->B;
+    const int by_sides = sides < threads ? sides : threads;
+    /* 4 gates, and an activation counted as 50 operations. */
+    const double row = 4.0 * (double)s->H * (2.0 * (double)(s->I + s->H) + 50.0);
+    const double step = row * (double)s->B, all = passes * step * (double)steps * D;
+    const double most_rows = by_rows > 1 ? (double)((s->B + by_rows - 1) / by_rows) : (double)s->B;
+    const layer_plan serial = {RF_PLAN_SERIAL, 1, D * plan_step_ns(step, bytes, 0)};
+    layer_plan plan = {RF_PLAN_BATCH, by_rows, D * plan_step_ns(row * most_rows, bytes, 0)};
+    /* Who has a direction to itself reads its weights alone. */
+    const layer_plan directions = {RF_PLAN_DIRECTIONS, by_sides, serial.step_ns / by_sides};
+    const int automatic = run->plan == RF_PLAN_AUTO;
+    if (by_sides > 1 && (run->plan == RF_PLAN_DIRECTIONS ||
+                         (automatic && directions.step_ns <= plan.step_ns)))
+        plan = directions;
+    if (by_units > 1 && s->B <= RF_UNITS_MOST_ROWS) {
+        const double share = (double)plan_largest(blocks, group, by_units) / (double)blocks;
+        const layer_plan units = {RF_PLAN_UNITS, by_units,
+                                  D * plan_step_ns(step * share, bytes * share, waits)};
         /* Where it is a close thing, workers that need not wait for each other are better off. */
-        const double share =
-            possible ? (double)plan_largest(blocks, group, by_units) / (double)blocks : 1;
-        if (possible && plan_step_ns(step * share, bytes * share, waits) <
-                            0.9 * plan_step_ns(row * rows, bytes, 0))
-            plan = (layer_plan){RF_PLAN_UNITS, by_units};
-        if (all < RF_WORKER_OPERATIONS * plan.workers)
-            plan.workers = (int)(all / RF_WORKER_OPERATIONS);
+        if (run->plan == RF_PLAN_UNITS || (automatic && units.step_ns < 0.9 * plan.step_ns))
+            plan = units;
     }
-    if (run->plan == RF_PLAN_SERIAL || plan.workers <= 1) plan = (layer_plan){RF_PLAN_SERIAL, 1};
-    return plan;
+    if (automatic && all < RF_WORKER_OPERATIONS * plan.workers) {
+        plan.step_ns *= plan.workers;
+        plan.workers = (int)(all / RF_WORKER_OPERATIONS);
+        if (plan.workers > 1) plan.step_ns /= plan.workers;
+    }
+    return run->plan == RF_PLAN_SERIAL || plan.workers <= 1 ? serial : plan;
 }
 
 /* Workers for a pass over so many numbers. */

@@ -81,6 +81,23 @@ def forward(
     A light tape has the states before each slice: those of processed steps, cut from the end.
     """
 
+def wavefront_steps(
+    cell: int, dtype: str, T: int, B: int, I: int, H: int, layers: int, threads: int, plan: int
+) -> int:
+    """Steps of a slice of `wavefront`; 0 where a stack of one direction is better computed layer by
+    layer. dtype "f" or "d"."""
+
+def wavefront(
+    packs: tuple[Pack, ...],
+    calls: tuple[tuple[Any, ...], ...],  # for each layer what `forward` takes, without lengths
+    lengths: Any,
+    threads: int,
+    plan: int,
+    steps: int,
+) -> tuple[str, int]:
+    """Layers of one direction side by side: x of each is the y of the one below. Calls are
+    (x, y, h_0, c_0, h_n, c_n, gates, h_tape, c_tape); T and B are at least 1."""
+
 def backward(
     pack: Pack,  # kind BACKWARD
     x: Any,

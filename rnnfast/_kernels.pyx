@@ -157,9 +157,23 @@ cdef extern from "kernels.h":
     const rf_kernels *rf_find_kernels(const char *, rf_dtype)
 
 
+cdef extern from "wavefront.h":
+    const Py_ssize_t RF_WAVE_BYTES
+    ctypedef struct rf_wavefront_args:
+        const rf_kernels *kernels
+        rf_forward_args *layers
+        int n
+        Py_ssize_t steps, gates_step, states_step
+        void *progress
+        rf_run run
+    Py_ssize_t rf_wavefront_steps(
+        const rf_kernels *, const rf_shape *, const rf_shape *, int, const rf_run *)
+    int rf_wavefront(rf_wavefront_args *) nogil
+
+
 FORWARD = RF_PACK_FORWARD
 BACKWARD = RF_PACK_BACKWARD
-PLANS = ("auto", "serial", "batch", "units")
+PLANS = ("auto", "serial", "batch", "units", "directions", "wavefront")
 
 
 cdef tuple _isas():
@@ -296,6 +310,11 @@ cdef inline Py_ssize_t most_of(Py_ssize_t a, Py_ssize_t b) noexcept:
 
 cdef inline Py_ssize_t sum_of(Py_ssize_t a, Py_ssize_t b) noexcept:
     return -1 if a < 0 or b < 0 or a > PY_SSIZE_T_MAX - b else a + b
+
+
+cdef inline Py_ssize_t whole_lines(Py_ssize_t a) noexcept:
+    """A size rounded up to cache lines; -1, an overflow, stays."""
+    return -1 if a < 0 or a > PY_SSIZE_T_MAX - 63 else (a + 63) // 64 * 64
 
 
 cdef extern from *:
@@ -545,6 +564,31 @@ cdef int backward_slices(
     return 0
 
 
+cdef int take_forward(
+    Views *views, rf_forward_args *args, Pack pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c,
+) except -1:
+    """All of a forward call's arguments but reverse, workspace and run."""
+    cdef int i
+    take_seq(views, x, 0, &args.x)
+    args.shape = pack.shape
+    args.shape.T = views.view[0].shape[0]
+    args.shape.B = views.view[0].shape[1]
+    args.step0, args.step1 = 0, args.shape.T
+    take_seq(views, y, PyBUF_WRITABLE, &args.y)
+    agree(views)
+    take(views, h_0, 0, <void **>&args.h_0)
+    take(views, c_0, 0, <void **>&args.c_0)
+    take(views, h_n, PyBUF_WRITABLE, &args.h_n)
+    take(views, c_n, PyBUF_WRITABLE, &args.c_n)
+    take(views, lengths, 0, <void **>&args.lengths)
+    take(views, gates, PyBUF_WRITABLE, &args.tape.gates)
+    take(views, h, PyBUF_WRITABLE, &args.tape.h)
+    take(views, c, PyBUF_WRITABLE, &args.tape.c)
+    for i in range(2):
+        args.pack[i] = pack.direction[i]
+    return 0
+
+
 def forward(
     Pack pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape,
     bint reverse, int threads, int plan, Py_ssize_t steps=0,
@@ -554,27 +598,12 @@ def forward(
     cdef rf_block memory
     cdef char *h_light
     cdef char *c_light
-    cdef int failed, i
+    cdef int failed
     memory.data = NULL
     views.n = 0
     try:
-        take_seq(&views, x, 0, &args.x)
-        args.shape = pack.shape
-        args.shape.T = views.view[0].shape[0]
-        args.shape.B = views.view[0].shape[1]
-        args.step0, args.step1 = 0, args.shape.T
-        take_seq(&views, y, PyBUF_WRITABLE, &args.y)
-        agree(&views)
-        take(&views, h_0, 0, <void **>&args.h_0)
-        take(&views, c_0, 0, <void **>&args.c_0)
-        take(&views, h_n, PyBUF_WRITABLE, &args.h_n)
-        take(&views, c_n, PyBUF_WRITABLE, &args.c_n)
-        take(&views, lengths, 0, <void **>&args.lengths)
-        take(&views, gates, PyBUF_WRITABLE, &args.tape.gates)
-        take(&views, h_tape, PyBUF_WRITABLE, &args.tape.h)
-        take(&views, c_tape, PyBUF_WRITABLE, &args.tape.c)
-        for i in range(2):
-            args.pack[i] = pack.direction[i]
+        take_forward(
+            &views, &args, pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape)
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
         memory = allocate(pack.kernels.forward_workspace(&args.shape, threads))
@@ -590,6 +619,72 @@ def forward(
     finally:
         rf_block_give(memory)
         release(&views)
+    return PLANS[args.run.ran_plan], args.run.ran_threads
+
+
+def wavefront_steps(
+    int cell, str dtype, Py_ssize_t T, Py_ssize_t B, Py_ssize_t I, Py_ssize_t H, int layers,
+    int threads, int plan,
+):
+    cdef rf_shape lowest, others
+    cdef rf_run run
+    lowest.cell, lowest.directions = cell, 1
+    lowest.T, lowest.B, lowest.I, lowest.H = T, B, I, H
+    others = lowest
+    others.I = H
+    set_run(&run, threads, plan)
+    return rf_wavefront_steps(current[dtype == "d"], &lowest, &others, layers, &run)
+
+
+def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize_t steps):
+    cdef Py_ssize_t n = len(packs), i, size = 0, tables
+    cdef rf_block held, memory
+    cdef Views *views
+    cdef rf_wavefront_args args
+    cdef rf_forward_args *layer
+    cdef Pack pack = packs[0]
+    cdef char *at
+    cdef int failed
+    memory.data = NULL
+    held = allocate(n * sizeof(Views))
+    views = <Views *>held.data
+    for i in range(n):
+        views[i].n = 0
+    tables = (n * sizeof(rf_forward_args) + 63) // 64 * 64
+    try:
+        memory = allocate(tables + n * RF_WAVE_BYTES)
+        args.kernels = pack.kernels
+        args.layers = <rf_forward_args *>memory.data
+        args.progress = <char *>memory.data + tables
+        args.n = <int>n
+        args.steps = steps
+        args.gates_step = 0
+        for i in range(n):
+            layer = &args.layers[i]
+            pack = packs[i]
+            x, y, h_0, c_0, h_n, c_n, gates, h, c = calls[i]
+            take_forward(&views[i], layer, pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c)
+            layer.reverse = 0
+            layer.workspace = NULL
+            if gates is not None:
+                args.gates_step = layer.shape.B * gates.shape[3] * layer.shape.H
+            size = sum_of(size, whole_lines(pack.kernels.forward_workspace(&layer.shape, 1)))
+        args.states_step = layer.shape.B * layer.shape.H
+        set_run(&args.run, threads, plan)
+        workspaces = Memory(size)
+        at = <char *>(<Memory>workspaces).block.data
+        for i in range(n):
+            layer = &args.layers[i]
+            layer.workspace = at
+            at += whole_lines(pack.kernels.forward_workspace(&layer.shape, 1))
+        with nogil:
+            failed = rf_wavefront(&args)
+        rf_propagate(failed)
+    finally:
+        for i in range(n):
+            release(&views[i])
+        rf_block_give(memory)
+        rf_block_give(held)
     return PLANS[args.run.ran_plan], args.run.ran_threads
 
 

@@ -123,29 +123,62 @@ def run_forward(
             packed, x, y, h_0, c_0, h_n, c_n, lengths, None, None, None,
             reverse, config.threads, config.plan,
         )  # fmt: skip
-    D, B, H = h_n.shape
+    tape = _new_tape(cell, packed, x, h_n.shape, lengths, reverse, kind)
+    if kind == "light":
+        T = _longest(lengths, *x.shape[:2])
+        y[T:] = 0
+        x, y = x[:T], y[:T]
+    tape.plan, tape.threads = _kernels.forward(
+        packed, x, y, h_0, c_0, h_n, c_n, lengths, tape.gates, tape.h, tape.c,
+        reverse, config.threads, config.plan, tape.steps,
+    )  # fmt: skip
+    return tape
+
+
+def run_wavefront(
+    cell: Cell, packs: list[Any], x: np.ndarray, ys: list[np.ndarray], states: list[list],
+    lengths: np.ndarray | None, kind: str | None, steps: int,
+) -> tuple[Tape, ...]:  # fmt: skip
+    """A stack of layers forward, side by side in slices of so many steps: see `run_forward`.
+
+    `states` has h_0, c_0, h_n, c_n of each layer. Returns full tapes, or, of no kind, nothing.
+    """
+    tapes, calls = [], []
+    for packed, y, (h_0, c_0, h_n, c_n) in zip(packs, ys, states, strict=True):
+        kept: tuple = (None, None, None)
+        if kind:
+            tapes.append(tape := _new_tape(cell, packed, x, h_n.shape, lengths, False, kind))
+            kept = tape.gates, tape.h, tape.c
+        calls.append((x, y, h_0, c_0, h_n, c_n, *kept))
+        x = y
+    ran = _kernels.wavefront(
+        tuple(packs), tuple(calls), lengths, config.threads, config.plan, steps
+    )
+    for tape in tapes:
+        tape.plan, tape.threads = ran
+    return tuple(tapes)
+
+
+def _new_tape(
+    cell: Cell, packed: Any, x: np.ndarray, shape: tuple[int, ...], lengths: np.ndarray | None,
+    reverse: bool, kind: str,
+) -> Tape:  # fmt: skip
+    """A tape of a call with states of this shape, with room for what forward writes."""
+    D, B, H = shape
     T, dtype, tape_gates = x.shape[0], x.dtype, len(cell.tape_gates)
     tape = Tape()
     tape.cell, tape.x, tape.lengths, tape.reverse = cell.name, x, lengths, reverse
     tape.batch_first = tape.unbatched = False
-    tape.steps, tape.pack, gates = 0, None, None
+    tape.steps, tape.pack, tape.gates = 0, None, None
     states = D, T + 1, B, H
     if kind == "light":
-        T = _longest(lengths, T, B)
         tape.pack = packed
-        tape.steps, slices = _slices(cell, packed, T, B)
+        tape.steps, slices = _slices(cell, packed, _longest(lengths, T, B), B)
         states = slices, D, B, H
-        y[T:] = 0
-        x, y = x[:T], y[:T]
     elif tape_gates:
-        gates = new_array((D, T, B, tape_gates, H), dtype)
-    tape.gates = gates
-    tape.h = h = new_array(states, dtype)
-    tape.c = c = None if c_n is None else new_array(states, dtype)
-    tape.plan, tape.threads = _kernels.forward(
-        packed, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c,
-        reverse, config.threads, config.plan, tape.steps,
-    )  # fmt: skip
+        tape.gates = new_array((D, T, B, tape_gates, H), dtype)
+    tape.h = new_array(states, dtype)
+    tape.c = new_array(states, dtype) if "c" in cell.states else None
     tape.isa = packed.isa
     return tape
 

@@ -26,6 +26,7 @@ from .functional import (
     new_sequence,
     run_backward,
     run_forward,
+    run_wavefront,
 )
 from .parameters import (
     ENDS,
@@ -378,6 +379,17 @@ class Recurrent:
         _, _, L, D = self._sizes
         p, seed = self._dropout
         packs = self._kept(FORWARD)
+        if D == 1 and kind != "light" and not (kind and p):  # else layers wait for each other
+            T, B, I = x.shape
+            steps = _kernels.wavefront_steps(
+                self._cell.number, self._dtype.char, T, B, I, self._sizes[1], L,
+                config.threads, config.plan,
+            )  # fmt: skip
+            if steps:
+                ys = [new_array(y.shape, y.dtype) for _ in range(L - 1)] + [y]
+                states = [_own(layer, D, h_0, c_0, h_n, c_n) for layer in range(L)]
+                packs = packs or self._pack_all(FORWARD)
+                return run_wavefront(self._cell, packs, x, ys, states, lengths, kind, steps)
         results = []
         for layer in range(L):
             packed = packs[layer] if packs else self._pack(layer, FORWARD)

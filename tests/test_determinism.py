@@ -101,6 +101,10 @@ def test_threads_and_plans(cell, direction, dtype, isa, lengths, use_isa):
                 assert ran == (("batch", workers), ("batch", workers)), f"{case}; {threads=}"
             if plan == "serial":
                 assert ran == (("serial", 1), ("serial", 1))
+            if plan == "directions" and threads > 1 and case.directions == 2:
+                assert ran == (("directions", 2), ("batch", min(threads, case.shape.B)))
+            if plan == "wavefront" and threads > 1:  # of several layers
+                assert ran == (("batch", min(threads, case.shape.B)),) * 2
             if plan == "units" and threads > 1:
                 workers = min(threads, unit_groups(case))
                 assert ran == (expected_units(workers, case, threads),) * 2
@@ -224,7 +228,8 @@ def test_threads_of_modules(cell, dtype, threads):
         threads(n)
         module = make_module(cell, I, H, 2, bidirectional=True, dropout=0.25, dtype=dtype, seed=3)
         got, tape = train(module, x, lengths, dy)
-        assert (tape.plan, tape.threads) == ("batch" if n > 1 else "serial", n)
+        plan = {1: "serial", 2: "directions"}.get(n, "batch")
+        assert (tape.plan, tape.threads) == (plan, n)
         want = got if want is None else want
         for name in want:
             assert_same_bits(name, got[name], want[name], context=f"{cell} {dtype} threads={n}")

@@ -105,9 +105,15 @@ FORK_IN_A_HANDLER = """
 """
 
 
-def test_a_fork_in_a_signal_handler_during_a_call():
+FORK_IN_A_HANDLER_OF_A_STACK = FORK_IN_A_HANDLER.replace(
+    "LSTM(256, 256, seed=1)", "LSTM(64, 64, 4, seed=1)"
+).replace("(1500, 64, 256)", "(60000, 1, 64)")  # layers side by side
+
+
+@pytest.mark.parametrize("program", [FORK_IN_A_HANDLER, FORK_IN_A_HANDLER_OF_A_STACK])
+def test_a_fork_in_a_signal_handler_during_a_call(program):
     """The child has none of the call's other threads: that call fails there, and no later one."""
-    parent, status, child = in_child(FORK_IN_A_HANDLER)
+    parent, status, child = in_child(program)
     assert parent, "the parent's result is another one"
     assert status == 0
     outcome, works = child
@@ -279,6 +285,14 @@ PARTS = {
     "pack": """
         module = rnnfast.LSTM(5500, 5500, seed=0)
         x = np.zeros((1, 1, 5500), np.float32)
+        def call():
+            for _ in range(30):
+                module(x)
+    """,
+    "layers side by side": """
+        rnnfast.set_num_threads(2)
+        module = rnnfast.LSTM(64, 64, 4, seed=0)
+        x = np.zeros((20000, 1, 64), np.float32)
         def call():
             for _ in range(30):
                 module(x)
@@ -524,7 +538,7 @@ def test_the_environment_is_obeyed():
     ("name", "values"),
     [
         ("RNNFAST_ISA", ["avx1024", "AVX2", "neon?", " "]),
-        ("RNNFAST_PLAN", ["wavefront", "Auto", "0"]),
+        ("RNNFAST_PLAN", ["waves", "Auto", "0"]),
         ("RNNFAST_NUM_THREADS", ["0", "-1", "two", "1.0", "257", "9" * 30, "1e2", "\u0663", "+1"]),
     ],
 )

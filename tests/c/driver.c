@@ -4,8 +4,9 @@
  * with a copy. Forward is checked against the loops below, in double; float64 gradients against
  * differences of those loops, float32 gradients against float64 ones; all threads, plans, layouts
  * and slices of the steps, bit for bit. Usage: driver [quick] [tables] [small] [large] [concurrent]
- * [poll] [isa ...]; of the parts and of the isas all that there are, if none is named. */
+ * [poll] [waves] [isa ...]; of the parts and of the isas all that there are, if none is named. */
 #include "../../csrc/kernels.h"
+#include "../../csrc/wavefront.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -537,7 +538,8 @@ static const void *run_pack(run_buffers *run, const problem *p, const rf_kernels
 
 static void check_ran(const char *where, const variant *v, const rf_run *run) {
     const int serial = run->ran_plan == RF_PLAN_SERIAL;
-    const int shared = run->ran_plan == RF_PLAN_BATCH || run->ran_plan == RF_PLAN_UNITS;
+    const int shared = run->ran_plan == RF_PLAN_BATCH || run->ran_plan == RF_PLAN_UNITS ||
+                       run->ran_plan == RF_PLAN_DIRECTIONS;
     if ((!serial && !shared) || run->ran_threads < 1 || run->ran_threads > v->threads ||
         (serial && run->ran_threads != 1) || (v->plan == RF_PLAN_SERIAL && !serial))
         fail(where, "the plan or the threads that ran are none that were allowed");
@@ -902,7 +904,7 @@ static void check_problem(problem *p, int each_gradient, const int *threads, int
                 const variant v = {
                     .threads = threads[j],
                     .plan = (const int[]){RF_PLAN_BATCH, RF_PLAN_UNITS, RF_PLAN_SERIAL,
-                                          RF_PLAN_AUTO}[random_below(4)],
+                                          RF_PLAN_AUTO, RF_PLAN_DIRECTIONS}[random_below(5)],
                     .x_layout = (int)random_below(3),
                     .y_layout = (int)random_below(3),
                     .odd = (int)random_below(2),
@@ -917,7 +919,8 @@ static void check_problem(problem *p, int each_gradient, const int *threads, int
                 result_free(&other);
             }
             const variant sliced = {.threads = 1 + (int)random_below(3),
-                                    .plan = random_below(2) ? RF_PLAN_BATCH : RF_PLAN_UNITS,
+                                    .plan = (const int[]){RF_PLAN_BATCH, RF_PLAN_UNITS,
+                                                          RF_PLAN_DIRECTIONS}[random_below(3)],
                                     .x_layout = (int)random_below(3),
                                     .y_layout = (int)random_below(3),
                                     .odd = (int)random_below(2)};
@@ -1088,6 +1091,88 @@ static void check_poll(void) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
+/* --- Layers side by side --------------------------------------------------------------------- */
+
+enum { MAX_LAYERS = 5 };
+
+/* A stack's calls, with what each writes poisoned; the buffers of what comes out, in `out`. */
+static void stack_calls(run_buffers *run, const problem *bottom, const problem *above, int n,
+                        const rf_kernels *k, int tape, rf_forward_args *layers, buffer **out,
+                        int *n_out) {
+    const ptrdiff_t B = bottom->shape.B, H = bottom->shape.H;
+    const int has_c = cells[bottom->shape.cell].has_c, Gt = cells[bottom->shape.cell].tape_gates;
+    *n_out = 0;
+#define OUT(name, numbers) (out[(*n_out)++] = allocate(run, name, (numbers)*k->element, 0))->data
+    for (int i = 0; i < n; i++) {
+        const problem *p = i == 0 ? bottom : above;
+        const rf_shape *s = &p->shape;
+        rf_forward_args *f = &layers[i];
+        *f = (rf_forward_args){.shape = *s, .step1 = s->T, .lengths = bottom->lengths};
+        f->x = i == 0 ? seq_in(run, "x", p, 0, s->I, p->param[X]) : layers[i - 1].y;
+        f->y = (rf_seq){OUT("y", s->T * B * H), B * H, H};
+        f->pack[0] = run_pack(run, p, k, RF_PACK_FORWARD, 0, 1);
+        f->h_0 = i % 2 ? NULL : dense_in(run, "h_0", p->param[H_0], B * H);
+        f->h_n = OUT("h_n", B * H);
+        if (has_c) {
+            f->c_0 = i % 2 ? dense_in(run, "c_0", p->param[C_0], B * H) : NULL;
+            f->c_n = OUT("c_n", B * H);
+        }
+        if (tape) {
+            if (Gt) f->tape.gates = OUT("gates", s->T * B * Gt * H);
+            f->tape.h = OUT("h_tape", (s->T + 1) * B * H);
+            if (has_c) f->tape.c = OUT("c_tape", (s->T + 1) * B * H);
+            for (int j = 0; j < *n_out; j++) memset(out[j]->data, 0, out[j]->bytes);
+        }
+        f->workspace = allocate(run, "workspace", k->forward_workspace(s, 1), 1)->data;
+        f->run = (rf_run){.threads = 1};
+    }
+#undef OUT
+}
+
+/* Of random sizes: the bits of one layer after the other, for any slices and threads. */
+static void check_waves(void) {
+    for (int round = 0; round < 60 * n_isas; round++) {
+        random_state = 1000 + (uint64_t)round;
+        const rf_kernels *k = rf_find_kernels(isas[round % n_isas], (rf_dtype)(round / n_isas % 2));
+        const int cell = (int)random_below(RF_N_CELLS), n = 2 + (int)random_below(MAX_LAYERS - 1);
+        const ptrdiff_t T = 1 + random_below(40), B = 1 + random_below(3), H = 1 + random_below(40);
+        /* A slice begins with the states of all rows, also those past their lengths, whose slots of
+         * the tape mean nothing and so are not compared. */
+        const int lengths = random_below(2) ? UNEVEN : NO_LENGTHS;
+        const int tape = lengths == NO_LENGTHS && random_below(2);
+        problem bottom = make_problem(cell, 0, (ptrdiff_t[]){T, B, 1 + random_below(9), H}, lengths);
+        problem above = make_problem(cell, 0, (ptrdiff_t[]){T, B, H, H}, lengths);
+        run_buffers one = {.where = "waves", .element = k->element}, many = one;
+        rf_forward_args apart[MAX_LAYERS], together[MAX_LAYERS];
+        buffer *want[6 * MAX_LAYERS], *got[6 * MAX_LAYERS];
+        int n_want, n_got;
+        stack_calls(&one, &bottom, &above, n, k, tape, apart, want, &n_want);
+        for (int i = 0; i < n; i++)
+            if (k->forward(&apart[i])) fail("waves", "forward ended");
+        stack_calls(&many, &bottom, &above, n, k, tape, together, got, &n_got);
+        const int Gt = cells[cell].tape_gates;
+        rf_wavefront_args w = {.kernels = k,
+                               .layers = together,
+                               .n = n,
+                               .steps = 1 + random_below(T),
+                               .gates_step = B * Gt * H,
+                               .states_step = B * H,
+                               .progress = allocate(&many, "progress", n * RF_WAVE_BYTES, 1)->data,
+                               .run = {.threads = 1 + (int)random_below(5)}};
+        if (rf_wavefront(&w)) fail("waves", "ended early, without a poll");
+        for (int i = 0; i < n_want; i++)
+            if (memcmp(want[i]->data, got[i]->data, want[i]->bytes))
+                fail("waves", "layers side by side have other bits than one after the other");
+        check_inputs(&one);
+        check_inputs(&many);
+        release(&one);
+        release(&many);
+        free_problem(&bottom);
+        free_problem(&above);
+        n_runs++;
+    }
+}
+
 /* --- The rest of the table ------------------------------------------------------------------- */
 
 static void check_sizes(const rf_kernels *k) {
@@ -1182,13 +1267,13 @@ static void check_tables(void) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const parts[] = {"tables", "small", "large", "concurrent", "poll"};
+    static const char *const parts[] = {"tables", "small", "large", "concurrent", "poll", "waves"};
     unsigned which = 0;
     int quick = 0;
     alarm(1800); /* a hang ends */
     for (int i = 1; i < argc; i++) {
         const unsigned before = which;
-        for (int j = 0; j < 5; j++)
+        for (int j = 0; j < 6; j++)
             if (strcmp(argv[i], parts[j]) == 0) which |= 1u << j;
         if (strcmp(argv[i], "quick") == 0) {
             quick = 1;
@@ -1209,6 +1294,7 @@ int main(int argc, char **argv) {
     if (which & 4) check_large(quick);
     if (which & 8) check_concurrent();
     if (which & 16) check_poll();
+    if (which & 32) check_waves();
     printf("kernels: all well; %ld problems, %ld runs on", n_problems, atomic_load(&n_runs));
     for (int i = 0; i < n_isas; i++) printf(" %s", isas[i]);
     printf("\n");
