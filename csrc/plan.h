@@ -65,8 +65,8 @@ static inline layer_plan plan_layer(const rf_shape *s, ptrdiff_t steps, const rf
     /* Who has a direction to itself reads its weights alone. */
     const layer_plan directions = {RF_PLAN_DIRECTIONS, by_sides, serial.step_ns / by_sides};
     const int automatic = run->plan == RF_PLAN_AUTO;
-    if (by_sides > 1 && (run->plan == RF_PLAN_DIRECTIONS ||
-                         (automatic && directions.step_ns <= plan.step_ns)))
+    if (by_sides > 1 &&
+        (run->plan == RF_PLAN_DIRECTIONS || (automatic && directions.step_ns <= plan.step_ns)))
         plan = directions;
     if (by_units > 1 && s->B <= RF_UNITS_MOST_ROWS) {
         const double share = (double)plan_largest(blocks, group, by_units) / (double)blocks;

@@ -1,8 +1,8 @@
 /* wavefront.c: layers one upon another, computed side by side; see wavefront.h.
- * Knows slices of steps, and which of them may run. Slice k of a layer may when slice k of the layer
- * below has, and slice k - 1 of its own. Workers take what may run, from the highest layer down, so
- * that what was just written is read soon; nobody has layers of its own, because there may be more
- * of them than workers. */
+ * Knows slices of steps, and which of them may run. Slice k of a layer may when slice k of the
+ * layer below has, and slice k - 1 of its own. Workers take what may run, from the highest layer
+ * down, so that what was just written is read soon; nobody has layers of its own, because there may
+ * be more of them than workers. */
 #include "wavefront.h"
 
 #include <sched.h>

@@ -1,7 +1,7 @@
 """A single layer in one direction takes its gradients to its module's in the kernel itself.
 
-What is added, or replaces them, must be what the functional call returns, to the bit, and never what
-the scratch held, nor with accumulate=False what was there before.
+What is added, or replaces them, must be what the functional call returns, to the bit, and never
+what the scratch held, nor with accumulate=False what was there before.
 """
 
 import itertools

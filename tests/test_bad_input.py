@@ -1138,7 +1138,9 @@ def tape_cases():
         label = f"LSTM.backward / dy of another call {shape}"
         yield refusal(label, "dy:", lstm.backward, good, np.ones(shape, F32))
     yield refusal("LSTM.backward / need_dx / 1", "need_dx", lstm.backward, good, dy, need_dx=1)
-    yield refusal("LSTM.backward / accumulate / 0", "accumulate", lstm.backward, good, dy, accumulate=0)
+    yield refusal(
+        "LSTM.backward / accumulate / 0", "accumulate", lstm.backward, good, dy, accumulate=0
+    )
 
     def spoilt(field, change):
         """The tape's owner may have altered it."""

@@ -1,4 +1,4 @@
-"""Layers of one direction side by side (csrc/wavefront.c): the bits of one layer after the other."""
+"""Layers of one direction side by side (csrc/wavefront.c) have the bits of one after the other."""
 
 import itertools
 
@@ -73,7 +73,9 @@ def test_layouts_and_frozen_modules(choose):
     module = rnnfast.GRU(I, H, 3, batch_first=True, seed=1)
     module.freeze()
     y, h_n = module(x.transpose(1, 0, 2), lengths=lengths)
-    assert_same_bits("y", np.ascontiguousarray(y.transpose(1, 0, 2)), want[0], context="batch first")
+    assert_same_bits(
+        "y", np.ascontiguousarray(y.transpose(1, 0, 2)), want[0], context="batch first"
+    )
     assert_same_bits("h_n", h_n, want[1], context="batch first")
     y, h_n = module(x[:, 0])
     assert_same_bits("y", y, want[0][:, 0], context="unbatched")

@@ -20,9 +20,10 @@ CLASSES = {
 
 
 class Ours(Library):
-    """At its best: gradients replaced, not added to. Frozen for inference, as ONNX Runtime and OpenVINO have their weights re-laid beforehand.
+    """At its best: gradients replaced, not added to, as PyTorch's are where there are none.
 
-    For training it is not: there the weights change between two calls.
+    Frozen for inference, as ONNX Runtime and OpenVINO have their weights re-laid beforehand. For
+    training it is not: there the weights change between two calls.
     """
 
     @staticmethod

@@ -57,13 +57,16 @@ typedef struct {
     cell_stage stage[RF_MAX_STAGES];
 } cell;
 
-/* Loops of a pointwise part over rows r and vectors of units u; n is the number of units left.
- * Where an activation needs another's result, it is in a second loop: a core overlaps the latencies
- * of neighbours, and two activations one after the other are more instructions than it looks
- * ahead. */
+/* A loop of a pointwise part over rows r and vectors of units u; n is the number of units left. One
+ * loop, not two, so that constants are set up once for all rows. Where an activation needs another's
+ * result, it is in a second loop: a core overlaps the latencies of neighbours, and two activations
+ * one after the other are more instructions than it looks ahead. A part works on a copy of its
+ * block, which no store through a row's pointer can change, as far as a compiler knows. */
+/* clang-format off */
 #define FOR_UNITS(block)                                                                           \
     for (ptrdiff_t r = 0, u = (block).unit0, n = (block).unit1 - u; n > 0 && r < (block).rows;     \
          n > W ? (u += W, n -= W) : (r++, u = (block).unit0, n = (block).unit1 - u))
+/* clang-format on */
 
 /* The pre-activation in a slot; and what replaces it there, between two loops of a part. */
 RF_INLINE vec z_slot(const forward_block *b, ptrdiff_t r, ptrdiff_t u, int slots, int slot) {

@@ -1102,7 +1102,7 @@ static void stack_calls(run_buffers *run, const problem *bottom, const problem *
     const ptrdiff_t B = bottom->shape.B, H = bottom->shape.H;
     const int has_c = cells[bottom->shape.cell].has_c, Gt = cells[bottom->shape.cell].tape_gates;
     *n_out = 0;
-#define OUT(name, numbers) (out[(*n_out)++] = allocate(run, name, (numbers)*k->element, 0))->data
+#define OUT(name, numbers) (out[(*n_out)++] = allocate(run, name, (numbers) * k->element, 0))->data
     for (int i = 0; i < n; i++) {
         const problem *p = i == 0 ? bottom : above;
         const rf_shape *s = &p->shape;
@@ -1140,7 +1140,8 @@ static void check_waves(void) {
          * the tape mean nothing and so are not compared. */
         const int lengths = random_below(2) ? UNEVEN : NO_LENGTHS;
         const int tape = lengths == NO_LENGTHS && random_below(2);
-        problem bottom = make_problem(cell, 0, (ptrdiff_t[]){T, B, 1 + random_below(9), H}, lengths);
+        problem bottom =
+            make_problem(cell, 0, (ptrdiff_t[]){T, B, 1 + random_below(9), H}, lengths);
         problem above = make_problem(cell, 0, (ptrdiff_t[]){T, B, H, H}, lengths);
         run_buffers one = {.where = "waves", .element = k->element}, many = one;
         rf_forward_args apart[MAX_LAYERS], together[MAX_LAYERS];
