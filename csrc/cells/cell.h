@@ -58,10 +58,10 @@ typedef struct {
 } cell;
 
 /* A loop of a pointwise part over rows r and vectors of units u; n is the number of units left. One
- * loop, not two, so that constants are set up once for all rows. Where an activation needs another's
- * result, it is in a second loop: a core overlaps the latencies of neighbours, and two activations
- * one after the other are more instructions than it looks ahead. A part works on a copy of its
- * block, which no store through a row's pointer can change, as far as a compiler knows. */
+ * loop, not two, so that constants are set up once for all rows. Where an activation needs
+ * another's result, it is in a second loop: a core overlaps the latencies of neighbours, and two
+ * activations one after the other are more instructions than it looks ahead. A part works on a copy
+ * of its block, which no store through a row's pointer can change, as far as a compiler knows. */
 /* clang-format off */
 #define FOR_UNITS(block)                                                                           \
     for (ptrdiff_t r = 0, u = (block).unit0, n = (block).unit1 - u; n > 0 && r < (block).rows;     \
