@@ -20,14 +20,14 @@ typedef enum {
 } rf_cell_id;
 
 typedef enum { RF_F32, RF_F64, RF_N_DTYPES } rf_dtype;
-/* Who does what: one worker all; each some rows of the batch; each some hidden units. */
+/* Who does what. */
 typedef enum {
-    RF_PLAN_AUTO,
-    RF_PLAN_SERIAL,
-    RF_PLAN_BATCH,
-    RF_PLAN_UNITS,
-    RF_PLAN_DIRECTIONS,
-    RF_PLAN_WAVEFRONT, /* of several layers, see wavefront.h; a layer by itself takes batch */
+    RF_PLAN_AUTO,       /* one of the others */
+    RF_PLAN_SERIAL,     /* one worker all */
+    RF_PLAN_BATCH,      /* each some rows of the batch */
+    RF_PLAN_UNITS,      /* each some hidden units */
+    RF_PLAN_DIRECTIONS, /* each a direction; forward alone, else batch */
+    RF_PLAN_WAVEFRONT,  /* several layers, see wavefront.h; in a call of one layer, batch */
     RF_N_PLANS
 } rf_plan;
 typedef enum { RF_PACK_FORWARD, RF_PACK_BACKWARD } rf_pack_kind;
@@ -75,7 +75,8 @@ typedef struct {
  * and dx, a slice zeroes times [step0, step1).
  *
  * Tape of S = step1 - step0 steps, in processing order: slot s of a reversed direction is its
- * (step0 + s)-th processed step. Slots of steps past a row's length are neither written nor read.
+ * (step0 + s)-th processed step. Slots of steps past a row's length are not read, and not written
+ * but for slot 0.
  * Gt tape gates, see rnnfast/cells.py. */
 typedef struct {
     void *gates; /* [D, S, B, Gt, H]; NULL where Gt = 0, or no tape is kept */
@@ -116,8 +117,8 @@ typedef struct {
     rf_weights grads[RF_MAX_DIRECTIONS]; /* out, each pointer NULL if not wanted; overwritten */
     /* If D = 1, or each NULL: what those gradients are added to once they are complete, or, with
      * `replace`, where they stand instead of what was there; a call that is ended early changes
-     * nothing there, and is not polled while it does. `grads` is scratch then. Not for an empty
-     * slice. Spares a pass over all of them. */
+     * nothing there, and is not polled while it does. `grads` is scratch then. Not for a slice
+     * without steps that follows others. Spares a pass over all of them. */
     rf_weights add_to;
     int replace;
     void *workspace; /* backward_workspace() bytes, 64-byte aligned */

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 /* Below this the C library's own allocator neither maps nor returns pages at each call. */
 #define SMALL_BYTES ((size_t)64 << 10)
@@ -103,14 +104,24 @@ rf_block rf_block_take(size_t bytes) {
     return block;
 }
 
+/* Asked once: the system's answer does not change. */
+static size_t most_kept;
+
+__attribute__((constructor)) static void memory_load(void) {
+    const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    most_kept = RF_KEPT_BYTES;
+    if (pages > 0 && page > 0 && (size_t)pages / RF_KEPT_SHARE < RF_KEPT_BYTES / (size_t)page)
+        most_kept = (size_t)pages / RF_KEPT_SHARE * (size_t)page;
+}
+
 void rf_block_give(rf_block block) {
     if (!block.data) return;
-    if (is_small(block.bytes) || block.bytes > RF_KEPT_BYTES ||
+    if (is_small(block.bytes) || block.bytes > most_kept ||
         pthread_mutex_trylock(&kept.mutex) != 0) {
         release(block);
         return;
     }
-    while (kept.n == MOST_KEPT || kept.bytes + block.bytes > RF_KEPT_BYTES) release(take_kept(0));
+    while (kept.n == MOST_KEPT || kept.bytes + block.bytes > most_kept) release(take_kept(0));
     kept.block[kept.n++] = block;
     kept.bytes += block.bytes;
     pthread_mutex_unlock(&kept.mutex);

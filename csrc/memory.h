@@ -8,8 +8,9 @@
 
 #include <stddef.h>
 
-/* Most bytes that are kept in all. */
+/* Most bytes that are kept in all; on a machine with little memory, a share of that. */
 #define RF_KEPT_BYTES ((size_t)512 << 20)
+#define RF_KEPT_SHARE 32
 
 typedef struct {
     void *data; /* 64-byte aligned; NULL: there is no memory */

@@ -62,7 +62,7 @@ static inline layer_plan plan_layer(const rf_shape *s, ptrdiff_t steps, const rf
     const double most_rows = by_rows > 1 ? (double)((s->B + by_rows - 1) / by_rows) : (double)s->B;
     const layer_plan serial = {RF_PLAN_SERIAL, 1, D * plan_step_ns(step, bytes, 0)};
     layer_plan plan = {RF_PLAN_BATCH, by_rows, D * plan_step_ns(row * most_rows, bytes, 0)};
-    /* Who has a direction to itself reads its weights alone. */
+    /* A worker goes through as many bytes as one alone would, but of one direction. */
     const layer_plan directions = {RF_PLAN_DIRECTIONS, by_sides, serial.step_ns / by_sides};
     const int automatic = run->plan == RF_PLAN_AUTO;
     if (by_sides > 1 &&

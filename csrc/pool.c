@@ -70,14 +70,6 @@ static inline void fp_set(fp_mode mode) { (void)mode; }
 
 /* --- Waiting --------------------------------------------------------------------------------- */
 
-static inline void relax(void) {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("isb" ::: "memory"); /* `yield` is no more than a nop on most cores */
-#endif
-}
-
 static int64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -124,7 +116,7 @@ static void gate_wait(gate *g, unsigned seen, int64_t spin_ns, int64_t awake_ns)
             /* The clock is read seldom: 32 pauses are 0.3 to 1.5 us. */
             for (int i = 0; i < 32; i++) {
                 if (gate_moved(g, seen)) return;
-                relax();
+                rf_relax();
             }
         } else {
             if (gate_moved(g, seen)) return;

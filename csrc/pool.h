@@ -24,6 +24,15 @@ void rf_team_barrier(rf_team *team);
  * the host (a poll that runs Python's signal handlers) must see it; returns its answer. */
 int rf_team_call_host(rf_team *team, int (*call)(void *), void *context);
 
+/* A pause of a thread that spins, some 10 to 50 ns. */
+static inline void rf_relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb" ::: "memory"); /* `yield` is no more than a nop on most cores */
+#endif
+}
+
 /* Cores that this process may run on, at least 1. */
 int rf_cpu_count(void);
 

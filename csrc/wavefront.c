@@ -7,19 +7,26 @@
 
 #include <sched.h>
 #include <stdatomic.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include <time.h>
 
 #include "progress.h"
 
-/* Slices of a sequence, at least and at most; what one lasts at least, for its call costs 1 us; and
- * at most, because nobody asks the caller's poll meanwhile. */
+/* Slices of a sequence, about; what one lasts at least, for its call costs a microsecond; and at
+ * most, because nobody asks the caller's poll meanwhile. */
 #define WAVE_SLICES 16
 #define WAVE_LEAST_NS 20e3
 #define WAVE_MOST_NS 20e6
-/* Looks for a slice before a worker offers its core to others. */
+#define WAVE_CALL_NS 1e3
+/* To wake another worker; and what side by side must gain: a prediction is not much better. */
+#define WAVE_WAKE_NS 10e3
+#define WAVE_GAIN 0.8
+/* Looks for a slice, one after the other, before a worker offers its core to others, and before it
+ * sleeps between them. */
 #define WAVE_SPINS 1000
+#define WAVE_YIELDS 2000
+#define WAVE_SLEEP_NS 50000
+/* A look as operations between two polls: with its pause, some 50 ns. */
+#define WAVE_LOOK_OPERATIONS 1000
 
 /* How far a layer is. Whoever takes it owns its states and the rest of this. */
 typedef struct {
@@ -94,18 +101,20 @@ static void wave_worker(void *arg, rf_team *team, int worker) {
     wave_call *f = arg;
     const int workers = rf_team_size(team);
     progress at = progress_start(&f->stop, team, worker);
-    for (int ran, spins = 0; !wave_look(f, &ran);) {
-        if (stopped(&at, ran ? (ptrdiff_t)RF_POLL_OPERATIONS : 1000)) return;
+    for (int ran, looks = 0; !wave_look(f, &ran);) {
+        if (stopped(&at, ran || looks == WAVE_YIELDS ? (ptrdiff_t)RF_POLL_OPERATIONS
+                                                     : WAVE_LOOK_OPERATIONS))
+            return;
         if (rf_team_size(team) != workers) return; /* a child, forked in poll: it is alone */
-        if (ran) {
-            spins = 0;
-        } else if (spins++ < WAVE_SPINS) {
-#if defined(__x86_64__)
-            _mm_pause();
-#endif
-        } else {
+        if (ran)
+            looks = 0;
+        else if (looks < WAVE_SPINS)
+            rf_relax();
+        else if (looks < WAVE_YIELDS)
             sched_yield();
-        }
+        else
+            nanosleep(&(struct timespec){.tv_nsec = WAVE_SLEEP_NS}, NULL);
+        if (looks < WAVE_YIELDS) looks++;
     }
 }
 
@@ -120,19 +129,22 @@ ptrdiff_t rf_wavefront_steps(const rf_kernels *kernels, const rf_shape *lowest,
     const double low = kernels->forward_step_ns(lowest, &alone);
     const double high = kernels->forward_step_ns(others, &alone);
     const double least = low < high ? low : high, most = low < high ? high : low;
+    if (!(least > 0)) return 0; /* sizes that overflow */
     ptrdiff_t steps = (T + WAVE_SLICES - 1) / WAVE_SLICES;
     if (steps * least < WAVE_LEAST_NS) steps = (ptrdiff_t)(WAVE_LEAST_NS / least) + 1;
     if (steps * most > WAVE_MOST_NS) steps = (ptrdiff_t)(WAVE_MOST_NS / most);
-    if (steps < 1) steps = 1;
+    if (steps < 1) return 0;
     if (forced) return steps < T ? steps : (T + 1) / 2;
     if (steps >= T) return 0;
     const int workers = n < run->threads ? n : run->threads;
     const double slices = (double)((T + steps - 1) / steps);
     const double shared = (low + (n - 1) * high) / workers;
-    const double wave = (shared > most ? shared : most) * (1 + (n - 1) / slices);
+    /* The last layer begins n - 1 slices late. */
+    const double wave = (shared > most ? shared : most) * (double)(T + (n - 1) * steps) +
+                        (slices + n - 1) * WAVE_CALL_NS + WAVE_WAKE_NS;
     const double layers = kernels->forward_step_ns(lowest, &usual) +
                           (n - 1) * kernels->forward_step_ns(others, &usual);
-    return wave < 0.9 * layers ? steps : 0;
+    return wave < WAVE_GAIN * layers * (double)T ? steps : 0;
 }
 
 int rf_wavefront(rf_wavefront_args *args) {

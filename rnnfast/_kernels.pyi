@@ -9,7 +9,7 @@ from typing import Any
 
 FORWARD: int  # what a pack is for
 BACKWARD: int
-PLANS: tuple[str, ...]  # ("auto", "serial", "batch", "units"); a plan's number is its index
+PLANS: tuple[str, ...]  # "auto" and those of rf_plan; a plan's number is its index
 ISAS: tuple[str, ...]  # compiled in, weakest first; e.g. ("base", "avx2", "avx512")
 
 def isa() -> str: ...

@@ -662,6 +662,8 @@ def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize
         for i in range(n):
             layer = &args.layers[i]
             pack = packs[i]
+            if pack.kernels != args.kernels:  # set_isa, in a signal's handler between two packs
+                raise ValueError("isa: got another one during this call; needs the same throughout")
             x, y, h_0, c_0, h_n, c_n, gates, h, c = calls[i]
             take_forward(&views[i], layer, pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c)
             layer.reverse = 0

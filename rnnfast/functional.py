@@ -1,8 +1,8 @@
 """One recurrent layer, in one or two directions, as functions: check, allocate, call, return.
 
-Knows arrays, the table of cells and the compiled layer; no module, no stack of layers. Every layer
-but a stream's passes through one pair, `run_forward` and `run_backward`, which trust their
-arguments. The public functions below them are the same for each cell, with checks in front.
+Knows arrays, the table of cells and the compiled layer; no module. Every layer but a stream's passes
+through one pair, `run_forward` and `run_backward`, or forward with those above and below it through
+`run_wavefront`; all of them trust their arguments. The public functions below them are the same for each cell, with checks in front.
 
 T steps, B batch, I input size, H hidden size, D directions, G parameter gates, Gt tape gates.
 `weights` is (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]) for one direction, a bias may be None;
@@ -263,13 +263,14 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtyp
         checks.fail(ValueError, "tape", *altered)
     if not (type(h) is type(x) is np.ndarray and h.ndim == 4 and x.ndim == 3):
         checks.fail(ValueError, "tape", *altered)
-    if name != cell.name:
-        checks.fail(ValueError, "tape", f"one of cell {name!r}", f"one of {cell.name!r}")
+    if type(name) is not str or name != cell.name:
+        got = f"one of cell {checks.describe(name)}"
+        checks.fail(ValueError, "tape", got, f"one of {cell.name!r}")
     light = type(steps) is int and steps > 0
     if (x.shape[2], h.shape[3], h.shape[1 if light else 0]) != sizes or h.dtype != dtype:
         I, H, D = sizes
         needs = f"one with I={I}, H={H}, D={D} in {dtype}"
-        checks.fail(ValueError, "tape", f"{tape!r} in {h.dtype}", needs)
+        checks.fail(ValueError, "tape", f"x {x.shape} and h {h.shape} in {h.dtype}", needs)
     T, B, _ = x.shape
     I, H, D = sizes
     states, n_gates = (D, T + 1, B, H), 0 if light else len(cell.tape_gates)
@@ -299,7 +300,7 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtyp
     own.x, own.h, own.c, own.gates, own.lengths = x, h, c, gates, lengths
     own.steps, own.pack, own.reverse = steps, pack, reverse
     own.batch_first, own.unbatched = batch_first, unbatched
-    own.cell, own.plan, own.threads, own.isa = name, plan, threads, isa
+    own.cell, own.plan, own.threads, own.isa = cell.name, plan, threads, isa
     return own
 
 

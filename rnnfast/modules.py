@@ -41,6 +41,9 @@ from .parameters import (
 from .streams import Stream
 
 
+WAVEFRONT_NUMBERS = 4 * 1024 * 1024  # of all layers' y, at most, in inference side by side
+
+
 class StackTape:
     """What a module's `forward_train` saves for `backward`.
 
@@ -123,6 +126,7 @@ class Recurrent:
         self._weights = self._by_layer(views_of(self._flat, self._shapes))
         self._packs: dict[int, list[Any]] | None = None  # by kind, kept while frozen
         self._own_grads = self._by_layer(views_of(self._flat_grads, self._shapes))
+        self._own_flat_grads = self._flat_grads[...]
         self._scratch: list[tuple[np.ndarray, tuple]] = []
         self._adding: dict[int, Any] = {}
         self._token = os.urandom(16)  # a copy gets its own: its parameters soon differ
@@ -385,7 +389,8 @@ class Recurrent:
                 self._cell.number, self._dtype.char, T, B, I, self._sizes[1], L,
                 config.threads, config.plan,
             )  # fmt: skip
-            if steps:
+            # All layers' y live at once then; in training they do anyway, for the tape.
+            if steps and (kind or L * T * B * y.shape[2] <= WAVEFRONT_NUMBERS):
                 ys = [new_array(y.shape, y.dtype) for _ in range(L - 1)] + [y]
                 states = [_own(layer, D, h_0, c_0, h_n, c_n) for layer in range(L)]
                 packs = packs or self._pack_all(FORWARD)
@@ -412,8 +417,8 @@ class Recurrent:
         """Backpropagation through time along `tape`; adds to `grads`, or replaces them.
 
         dy: gradient of the loss by y, shaped as y; dstate: by the last states, shaped as they
-        were; each may be None for zeros. A tape may be used again. accumulate: False is what
-        `zero_grad` and then True would be, without clearing and reading all gradients; it is much
+        were; each may be None for zeros. A tape may be used again. accumulate: False gives
+        what `zero_grad` and then True would, without clearing and reading all gradients; it is much
         faster where they are large and T B is small.
 
         Returns dx, shaped as x (None without `need_dx`, which spares a product), and the gradient
@@ -477,7 +482,7 @@ class Recurrent:
                 if accumulate:
                     self._flat_grads += fresh
                 else:
-                    self._flat_grads[...] = fresh
+                    self._own_flat_grads[...] = fresh
         if not self._scratch:
             self._scratch.append(scratch)
         return dx_result, dh_0 if dc_0 is None else (dh_0, dc_0)

@@ -1,6 +1,7 @@
 """Layers of one direction side by side (csrc/wavefront.c) have the bits of one after the other."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from cases import DTYPES, as_tuple, make_module, past_lengths
 from tolerances import assert_same_bits
 
 import rnnfast
-from rnnfast import _kernels, functional
+from rnnfast import _kernels, functional, modules
 from rnnfast.cells import CELLS
 
 T, I, H = 37, 5, 19
@@ -39,7 +40,9 @@ def inputs(dtype, B, uneven, steps=T):
 def everything(module, x, lengths):
     """Results of inference and of a training step; and the tape."""
     y, state, tape = module.forward_train(x, lengths=lengths)
-    kept = [np.nan_to_num(a) for one in tape.layers for a in (one.x, one.h) if lengths is None]
+    kept = []
+    if lengths is None:  # else slots past a row's length mean nothing
+        kept = [a for t in tape.layers for a in (t.x, t.h, t.c, t.gates) if a is not None]
     dx, dstate = module.backward(tape, y, accumulate=False)
     plain, plain_state = module(x, lengths=lengths)
     arrays = [y, *as_tuple(state), *kept, dx, *as_tuple(dstate), module.flat_grads.copy()]
@@ -65,6 +68,44 @@ def test_bits(cell, dtype, isa, use_isa, choose):
                 assert_same_bits(f"result {i}", a, b, context=f"{L=} {B=} {uneven=} {threads=}")
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 36])
+def test_bits_of_any_slices(steps, choose, monkeypatch):
+    x, _ = inputs("f4", 2, False)
+    module = rnnfast.LSTM(I, H, 4, seed=1)
+    choose(1, "serial")
+    want, _ = everything(module, x, None)
+    choose(3, "wavefront")
+    monkeypatch.setattr(_kernels, "wavefront_steps", lambda *_: steps)
+    for _ in range(5):
+        got, tape = everything(module, x, None)
+        assert (tape.plan, tape.threads) == ("wavefront", 3)
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_same_bits(f"result {i}", a, b, context=f"{steps=}")
+
+
+def test_many_callers_at_once(choose):
+    """Who finds the pool busy computes all slices alone."""
+    choose(3, "wavefront")
+    x, _ = inputs("f4", 1, False, 400)
+    module = rnnfast.LSTM(I, H, 3, seed=1)
+    want = module(x)[0]
+    with ThreadPoolExecutor(4) as pool:
+        for y, _ in pool.map(module, [x] * 40):
+            assert_same_bits("y", y, want, context="four callers")
+
+
+def test_inference_of_a_long_sequence_keeps_two_layers_outputs_alone(choose, monkeypatch):
+    choose(2, "wavefront")
+    seen, original = [], _kernels.wavefront
+    monkeypatch.setattr(_kernels, "wavefront", lambda *args: seen.append(1) or original(*args))
+    x = np.zeros((modules.WAVEFRONT_NUMBERS // (4 * 8) + 1, 1, I), np.float32)
+    module = rnnfast.RNN(I, 8, 4, seed=1)
+    module(x[:1000])
+    assert len(seen) == 1
+    module(x)
+    assert len(seen) == 1
+
+
 def test_layouts_and_frozen_modules(choose):
     choose(1, "serial")
     x, lengths = inputs("f4", 3, True)
@@ -84,12 +125,13 @@ def test_layouts_and_frozen_modules(choose):
 @pytest.mark.parametrize(
     ("L", "steps", "B", "hidden", "expected"),
     [
-        (2, 400, 1, 32, "wavefront"),  # one row cannot be shared out, nor so few units
+        (2, 1000, 1, 32, "wavefront"),  # one row cannot be shared out, nor so few units
         (4, 400, 1, 64, "wavefront"),
         (2, 400, 32, 32, "batch"),  # rows can, and need not wait
         (1, 400, 1, 32, "serial"),
         (2, 1, 1, 32, "serial"),  # nothing to overlap
         (2, 4, 1, 8, "serial"),  # not worth a second core
+        (2, 100, 1, 32, "serial"),  # nor this: 45 us of one
     ],
 )
 def test_what_auto_chooses(L, steps, B, hidden, expected, choose):
