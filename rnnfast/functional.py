@@ -1,8 +1,9 @@
 """One recurrent layer, in one or two directions, as functions: check, allocate, call, return.
 
-Knows arrays, the table of cells and the compiled layer; no module. Every layer but a stream's passes
-through one pair, `run_forward` and `run_backward`, or forward with those above and below it through
-`run_wavefront`; all of them trust their arguments. The public functions below them are the same for each cell, with checks in front.
+Knows arrays, the table of cells and the compiled layer; no module. Every layer but a stream's
+passes through one pair, `run_forward` and `run_backward`, or forward together with those above and
+below it through `run_wavefront`; all of them trust their arguments. The public functions below them
+are the same for each cell, with checks in front.
 
 T steps, B batch, I input size, H hidden size, D directions, G parameter gates, Gt tape gates.
 `weights` is (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]) for one direction, a bias may be None;

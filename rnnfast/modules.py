@@ -40,7 +40,6 @@ from .parameters import (
 )
 from .streams import Stream
 
-
 WAVEFRONT_NUMBERS = 4 * 1024 * 1024  # of all layers' y, at most, in inference side by side
 
 
