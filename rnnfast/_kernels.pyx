@@ -671,7 +671,7 @@ def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize
             if gates is not None:
                 args.gates_step = layer.shape.B * gates.shape[3] * layer.shape.H
             size = sum_of(size, whole_lines(pack.kernels.forward_workspace(&layer.shape, 1)))
-        args.states_step = layer.shape.B * layer.shape.H
+        args.states_step = args.layers[0].shape.B * args.layers[0].shape.H
         set_run(&args.run, threads, plan)
         workspaces = Memory(size)
         at = <char *>(<Memory>workspaces).block.data

@@ -105,15 +105,21 @@ FORK_IN_A_HANDLER = """
 """
 
 
-FORK_IN_A_HANDLER_OF_A_STACK = FORK_IN_A_HANDLER.replace(
-    "LSTM(256, 256, seed=1)", "LSTM(64, 64, 4, seed=1)"
-).replace("(1500, 64, 256)", "(60000, 1, 64)")  # layers side by side
+FORK_IN_A_HANDLER_OF_A_STACK = (
+    FORK_IN_A_HANDLER.replace("LSTM(256, 256, seed=1)", "RNN(256, 256, 4, seed=1)")
+    .replace("(1500, 64, 256)", "(20000, 1, 256)")
+    .replace("module(x)[0]", "module.forward_train(x)[0]")
+    .replace("ITIMER_REAL, 0.1", "ITIMER_REAL, 0.03")
+)
 
 
-@pytest.mark.parametrize("program", [FORK_IN_A_HANDLER, FORK_IN_A_HANDLER_OF_A_STACK])
-def test_a_fork_in_a_signal_handler_during_a_call(program):
+@pytest.mark.parametrize(
+    ("program", "plan"),
+    [(FORK_IN_A_HANDLER, "batch"), (FORK_IN_A_HANDLER_OF_A_STACK, "wavefront")],
+)
+def test_a_fork_in_a_signal_handler_during_a_call(program, plan):
     """The child has none of the call's other threads: that call fails there, and no later one."""
-    parent, status, child = in_child(program)
+    parent, status, child = in_child(program, RNNFAST_PLAN=plan)
     assert parent, "the parent's result is another one"
     assert status == 0
     outcome, works = child
@@ -292,7 +298,8 @@ PARTS = {
     "layers side by side": """
         rnnfast.set_num_threads(2)
         module = rnnfast.LSTM(64, 64, 4, seed=0)
-        x = np.zeros((20000, 1, 64), np.float32)
+        x = np.zeros((15000, 1, 64), np.float32)
+        assert module.forward_train(x)[2].plan == "wavefront"
         def call():
             for _ in range(30):
                 module(x)
