@@ -40,7 +40,7 @@ from .libraries import BANDWIDTH, OURS, PEAK, Results, library, named
 from .shapes import Shape, problem
 
 PAIRS = 30  # rounds, if the time is not up before
-GAP = 0.02  # s between two turns: of all, threads of PyTorch spin longest after a call, some 8 ms
+GAP = 0.02  # s between two turns, after the one before has settled
 TURN = 0.02  # s that the calls of one turn may take
 CALLS = 50  # at most, in one turn
 FEW, SLOW = 3, 2.0  # after so many rounds, peers leave that take so many times the best one's time
