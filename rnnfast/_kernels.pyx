@@ -637,28 +637,27 @@ def wavefront_steps(
 
 
 def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize_t steps):
-    cdef Py_ssize_t n = len(packs), i, size = 0, tables
-    cdef rf_block held, memory
-    cdef Views *views
+    cdef Py_ssize_t n = len(packs), i, size = 0
+    cdef Py_ssize_t views_size = whole_lines(n * sizeof(Views))
+    cdef Py_ssize_t layers_size = whole_lines(n * sizeof(rf_forward_args))
     cdef rf_wavefront_args args
     cdef rf_forward_args *layer
     cdef Pack pack = packs[0]
-    cdef char *at
+    # Their blocks go back when the names do, after the views are released.
+    cdef Memory tables = Memory(views_size + layers_size + n * RF_WAVE_BYTES)
+    cdef Memory workspaces
+    cdef Views *views = <Views *>tables.block.data
+    cdef char *at = <char *>tables.block.data + views_size
     cdef int failed
-    memory.data = NULL
-    held = allocate(n * sizeof(Views))
-    views = <Views *>held.data
+    args.kernels = pack.kernels
+    args.layers = <rf_forward_args *>at
+    args.progress = at + layers_size
+    args.n = <int>n
+    args.steps = steps
+    args.gates_step = 0
     for i in range(n):
         views[i].n = 0
-    tables = (n * sizeof(rf_forward_args) + 63) // 64 * 64
     try:
-        memory = allocate(tables + n * RF_WAVE_BYTES)
-        args.kernels = pack.kernels
-        args.layers = <rf_forward_args *>memory.data
-        args.progress = <char *>memory.data + tables
-        args.n = <int>n
-        args.steps = steps
-        args.gates_step = 0
         for i in range(n):
             layer = &args.layers[i]
             pack = packs[i]
@@ -667,26 +666,23 @@ def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize
             x, y, h_0, c_0, h_n, c_n, gates, h, c = calls[i]
             take_forward(&views[i], layer, pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c)
             layer.reverse = 0
-            layer.workspace = NULL
             if gates is not None:
                 args.gates_step = layer.shape.B * gates.shape[3] * layer.shape.H
             size = sum_of(size, whole_lines(pack.kernels.forward_workspace(&layer.shape, 1)))
         args.states_step = args.layers[0].shape.B * args.layers[0].shape.H
         set_run(&args.run, threads, plan)
         workspaces = Memory(size)
-        at = <char *>(<Memory>workspaces).block.data
+        at = <char *>workspaces.block.data
         for i in range(n):
             layer = &args.layers[i]
             layer.workspace = at
-            at += whole_lines(pack.kernels.forward_workspace(&layer.shape, 1))
+            at += whole_lines(args.kernels.forward_workspace(&layer.shape, 1))
         with nogil:
             failed = rf_wavefront(&args)
         rf_propagate(failed)
     finally:
         for i in range(n):
             release(&views[i])
-        rf_block_give(memory)
-        rf_block_give(held)
     return PLANS[args.run.ran_plan], args.run.ran_threads
 
 

@@ -202,6 +202,28 @@ def test_a_library_is_right_or_says_that_it_cannot(workers, name, cell, structur
             assert 0 <= row["error_over_bound"][name] <= 1
 
 
+@pytest.mark.parametrize(("spins", "slept"), [(0, 0.005), (0.03, 0.035), (9, worker.SETTLED)])
+def test_a_turn_ends_when_the_process_computes_no_more(spins, slept, monkeypatch):
+    """Or, with threads that never do, in the end. One thread spins for so many seconds."""
+
+    class Clock:
+        now = 0.0
+
+        def sleep(self, seconds):
+            self.now += seconds
+
+        def perf_counter(self):
+            return self.now
+
+        def process_time(self):
+            return min(self.now, spins)
+
+    clock = Clock()
+    monkeypatch.setattr(worker, "time", clock)
+    worker.settle()
+    assert clock.now == pytest.approx(slept, abs=1e-9 if spins < 1 else worker.LOOK)
+
+
 def test_what_is_timed_gives_the_same_results_again():
     for mode in ("inference", "training"):
         shape = shape_of(TINY)
