@@ -44,6 +44,20 @@ class Pack:
 
     def __deepcopy__(self, memo: Any) -> Pack: ...
 
+class Packed:
+    """A sequence whose rows lie packed: those that run at step 0, those at step 1, and so on.
+
+    data [N, width] with rows of any distance; starts intp [T], the rows of data before each step's;
+    shape (T, B, width). Row b is no longer than row b - 1, and not all are equally long. It stands
+    for x, y, dy and dx below, in calls with the lengths of the rows.
+    """
+
+    data: Any
+    starts: Any
+    shape: tuple[int, int, int]
+    dtype: Any  # that of data
+    def __init__(self, data: Any, starts: Any, shape: tuple[int, int, int]) -> None: ...
+
 def panel_steps(pack: Pack, B: int) -> int:
     """A light tape's slices must be multiples of so many steps, to leave backward's bits alone."""
 

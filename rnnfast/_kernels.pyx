@@ -76,6 +76,7 @@ cdef extern from "kernels.h":
     ctypedef struct rf_seq:
         void *data
         Py_ssize_t step, row
+        const Py_ssize_t *starts
     ctypedef struct rf_weights:
         void *W
         void *R
@@ -219,12 +220,18 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 32  # of one call: 11 arrays, 8 gradients, 4 of a light tape, 4 to add to
+    MOST_VIEWS = 36  # of one call: 11 arrays, 8 gradients, 4 of a light tape, 4 to add to, 4 starts
 
 
 cdef struct Views:
     Py_buffer view[MOST_VIEWS]
     int n
+    Py_ssize_t T, B  # of the sequence that was taken first
+
+
+cdef inline void begin(Views *views) noexcept nogil:
+    views.n = 0
+    views.T = views.B = -1
 
 
 cdef int take(Views *views, object array, int flags, void **out) except -1:
@@ -238,27 +245,51 @@ cdef int take(Views *views, object array, int flags, void **out) except -1:
     return 0
 
 
+cdef class Packed:
+    """A sequence whose rows lie packed, step after step, without padding."""
+
+    cdef readonly object data
+    cdef readonly object starts
+    cdef readonly tuple shape
+
+    def __init__(self, data, starts, tuple shape):
+        self.data = data
+        self.starts = starts
+        self.shape = shape
+
+    @property
+    def dtype(self):
+        return self.data.dtype
+
+
 cdef int take_seq(Views *views, object array, int flags, rf_seq *out) except -1:
+    """A sequence, or None. After the first one all must have its steps and rows: an array's shape can
+    be assigned to, at any moment, by whoever else holds it."""
     cdef Py_buffer *view
+    cdef Py_ssize_t T, B
+    out.starts = NULL
     if array is None:
         out.data = NULL
         return 0
-    take(views, array, flags, &out.data)
-    view = &views.view[views.n - 1]
-    out.step = view.strides[0] // view.itemsize
-    out.row = view.strides[1] // view.itemsize
-    return 0
-
-
-cdef int agree(Views *views) except -1:
-    """The sequence taken last must have the steps and rows of x, the first: an array's shape can be
-    assigned to, at any moment, by whoever else holds it."""
-    cdef Py_ssize_t *first = views.view[0].shape
-    cdef Py_ssize_t *last = views.view[views.n - 1].shape
-    if first[0] != last[0] or first[1] != last[1]:
+    if type(array) is Packed:
+        take(views, (<Packed>array).starts, 0, <void **>&out.starts)
+        T, B, _ = (<Packed>array).shape
+        take(views, (<Packed>array).data, flags, &out.data)
+        view = &views.view[views.n - 1]
+        out.row = view.strides[0] // view.itemsize
+        out.step = 0
+    else:
+        take(views, array, flags, &out.data)
+        view = &views.view[views.n - 1]
+        T, B = view.shape[0], view.shape[1]
+        out.step = view.strides[0] // view.itemsize
+        out.row = view.strides[1] // view.itemsize
+    if views.T < 0:
+        views.T, views.B = T, B
+    elif T != views.T or B != views.B:
         raise ValueError(
-            f"an array was reshaped during the call: got [{last[0]}, {last[1]}, ...] beside an x of "
-            f"[{first[0]}, {first[1]}, ...]")
+            f"an array was reshaped during the call: got [{T}, {B}, ...] beside an x of "
+            f"[{views.T}, {views.B}, ...]")
     return 0
 
 
@@ -385,7 +416,7 @@ def pack(int cell, tuple weights, int kind, int threads, int plan):
     cdef Py_ssize_t size
     cdef int d, failed = 0
     cdef char *at
-    views.n = 0
+    begin(&views)
     try:
         for d in range(len(weights)):
             W, R, b_ih, b_hh = weights[d]
@@ -571,11 +602,9 @@ cdef int take_forward(
     cdef int i
     take_seq(views, x, 0, &args.x)
     args.shape = pack.shape
-    args.shape.T = views.view[0].shape[0]
-    args.shape.B = views.view[0].shape[1]
+    args.shape.T, args.shape.B = views.T, views.B
     args.step0, args.step1 = 0, args.shape.T
     take_seq(views, y, PyBUF_WRITABLE, &args.y)
-    agree(views)
     take(views, h_0, 0, <void **>&args.h_0)
     take(views, c_0, 0, <void **>&args.c_0)
     take(views, h_n, PyBUF_WRITABLE, &args.h_n)
@@ -600,7 +629,7 @@ def forward(
     cdef char *c_light
     cdef int failed
     memory.data = NULL
-    views.n = 0
+    begin(&views)
     try:
         take_forward(
             &views, &args, pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape)
@@ -656,7 +685,7 @@ def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize
     args.steps = steps
     args.gates_step = 0
     for i in range(n):
-        views[i].n = 0
+        begin(&views[i])
     try:
         for i in range(n):
             layer = &args.layers[i]
@@ -704,15 +733,14 @@ def backward(
     cdef int tape_flags = 0 if light is None else PyBUF_WRITABLE
     cdef int failed, d
     memory.data = NULL
-    views.n = 0
+    begin(&views)
     memset(args.grads, 0, sizeof(args.grads))
     memset(&args.add_to, 0, sizeof(args.add_to))
     args.replace = replace
     try:
         take_seq(&views, x, 0, &args.x)
         args.shape = pack.shape
-        args.shape.T = views.view[0].shape[0]
-        args.shape.B = views.view[0].shape[1]
+        args.shape.T, args.shape.B = views.T, views.B
         args.step0, args.step1 = 0, args.shape.T
         args.add_dx = args.add_grads = 0
         take(&views, lengths, 0, <void **>&args.lengths)
@@ -720,13 +748,9 @@ def backward(
         take(&views, h_tape, tape_flags, &args.tape.h)
         take(&views, c_tape, tape_flags, &args.tape.c)
         take_seq(&views, dy, 0, &args.dy)
-        if dy is not None:
-            agree(&views)
         take(&views, dh_n, 0, <void **>&args.dh_n)
         take(&views, dc_n, 0, <void **>&args.dc_n)
         take_seq(&views, dx, PyBUF_WRITABLE, &args.dx)
-        if dx is not None:
-            agree(&views)
         take(&views, dh_0, PyBUF_WRITABLE, &args.dh_0)
         take(&views, dc_0, PyBUF_WRITABLE, &args.dc_0)
         for d in range(pack.shape.directions):
@@ -808,7 +832,7 @@ cdef class Stepper:
     cdef bint busy              # a call has let go of the interpreter's lock, or runs its signals
 
     def __cinit__(self):
-        self.views.n = 0
+        begin(&self.views)
         self.memory.data = NULL
 
     def __init__(self, tuple packs, h, c, Py_ssize_t batch_size, int threads, int plan):
@@ -947,20 +971,18 @@ cdef class Stepper:
 
     def process(self, x, y):
         cdef Views views
-        cdef void *from_
-        cdef void *to
+        cdef rf_seq from_, to
         cdef rf_block memory
         cdef Py_ssize_t T, most = 0
         cdef Pack pack
         cdef rf_shape shape
         cdef Py_ssize_t between
         memory.data = NULL
-        views.n = 0
+        begin(&views)
         try:
-            take(&views, x, 0, &from_)
-            take(&views, y, PyBUF_WRITABLE, &to)
-            agree(&views)
-            T = views.view[0].shape[0]
+            take_seq(&views, x, 0, &from_)
+            take_seq(&views, y, PyBUF_WRITABLE, &to)
+            T = views.T
             for pack in self.packs:
                 shape = pack.shape
                 shape.T, shape.B = T, self.args[0].shape.B
@@ -970,7 +992,7 @@ cdef class Stepper:
             memory = allocate(sum_of(between, most))
             self.take()
             try:
-                self.run(T, from_, to, <char *>memory.data, <char *>memory.data + between)
+                self.run(T, from_.data, to.data, <char *>memory.data, <char *>memory.data + between)
             finally:
                 self.busy = False
         finally:
@@ -990,11 +1012,10 @@ def dropout(
     cdef const rf_kernels *kernels
     cdef rf_run run
     cdef int failed
-    views.n = 0
+    begin(&views)
     try:
         take_seq(&views, x, 0, &from_)
         take_seq(&views, out, PyBUF_WRITABLE, &to)
-        agree(&views)
         set_run(&run, threads, plan)
         shape = views.view[0].shape
         kernels = current[views.view[0].itemsize == 8]
@@ -1011,7 +1032,7 @@ def vmath(str name, x, out):
     cdef void *to
     cdef rf_vmath_id f = {"exp": RF_EXP, "tanh": RF_TANH, "sigmoid": RF_SIGMOID}[name]
     cdef const rf_kernels *kernels
-    views.n = 0
+    begin(&views)
     try:
         take(&views, x, 0, &from_)
         take(&views, out, PyBUF_WRITABLE, &to)

@@ -1,9 +1,9 @@
 """One recurrent layer, in one or two directions, as functions: check, allocate, call, return.
 
-Knows arrays, the table of cells and the compiled layer; no module. Every layer but a stream's
-passes through one pair, `run_forward` and `run_backward`, or forward together with those above and
-below it through `run_wavefront`; all of them trust their arguments. The public functions below them
-are the same for each cell, with checks in front.
+Knows arrays, the table of cells and the compiled layer; no stack of layers and no module. Every
+layer but a stream's passes through one pair, `run_forward` and `run_backward`, or forward together
+with those above and below it through `run_wavefront`; all of them trust their arguments. The public
+functions below them are the same for each cell, with checks in front.
 
 T steps, B batch, I input size, H hidden size, D directions, G parameter gates, Gt tape gates.
 `weights` is (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]) for one direction, a bias may be None;
@@ -13,7 +13,7 @@ a pair of such tuples for two; or what `pack` made of either. Gates are in PyTor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ __all__ = [
 ]  # fmt: skip
 
 FORWARD, BACKWARD = _kernels.FORWARD, _kernels.BACKWARD
+Sequence = np.ndarray | _kernels.Packed  # [T, B, N]
+New = Callable[[tuple[int, ...]], np.ndarray]
 TAPES = "full", "light"
 SLICE_BYTES = 1 << 20  # of a light tape's slice at least, once it is computed again
 KEPT_FROM = 16 * 1024  # numbers; below, NumPy's own memory is as fast
@@ -77,7 +79,7 @@ class Tape:
     isa: str
 
     def __repr__(self) -> str:
-        if not hasattr(self, "threads"):  # what a forward sets last but one
+        if not hasattr(self, "h"):  # made by hand
             return "Tape()"
         T, B, I = self.x.shape
         D, H = self.h.shape[1 if self.steps else 0], self.h.shape[-1]
@@ -111,83 +113,85 @@ class Gradients(NamedTuple):
 
 
 def run_forward(
-    cell: Cell, packed: Any, x: np.ndarray, h_0: np.ndarray | None, c_0: np.ndarray | None,
-    y: np.ndarray, h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None,
-    reverse: bool, kind: str | None,
-) -> tuple[str, int] | Tape:  # fmt: skip
-    """One layer forward into y, h_n, c_n. Returns what ran, or a tape of a kind, which knows.
+    packed: Any, x: Sequence, h_0: np.ndarray | None, c_0: np.ndarray | None, y: Sequence,
+    h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None, reverse: bool,
+    tape: Tape | None, threads: int,
+) -> tuple[str, int]:  # fmt: skip
+    """One layer forward into y, h_n, c_n, and into the tape, if there is one. Returns what ran.
 
-    x [T, B, I], y [T, B, D*H]: any strides but the last; states [D, B, H]; lengths [B] intp.
+    x [T, B, I], y [T, B, D*H]: any strides but the last, or packed; states [D, B, H]; lengths [B]
+    intp. A tape is one that `new_tape` has made for this call.
     """
-    if kind is None:
+    if tape is None:
         return _kernels.forward(
             packed, x, y, h_0, c_0, h_n, c_n, lengths, None, None, None,
-            reverse, config.threads, config.plan,
+            reverse, threads, config.plan,
         )  # fmt: skip
-    tape = _new_tape(cell, packed, x, h_n.shape, lengths, reverse, kind)
-    if kind == "light":
+    if tape.steps:
         T = _longest(lengths, *x.shape[:2])
         y[T:] = 0
         x, y = x[:T], y[:T]
-    tape.plan, tape.threads = _kernels.forward(
+    tape.isa = packed.isa
+    tape.plan, tape.threads = ran = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, tape.gates, tape.h, tape.c,
-        reverse, config.threads, config.plan, tape.steps,
+        reverse, threads, config.plan, tape.steps,
     )  # fmt: skip
-    return tape
+    return ran
 
 
 def run_wavefront(
-    cell: Cell, packs: list[Any], x: np.ndarray, ys: list[np.ndarray], states: list[list],
-    lengths: np.ndarray | None, kind: str | None, steps: int,
-) -> tuple[Tape, ...]:  # fmt: skip
+    packs: list[Any], x: Sequence, ys: list[Sequence], states: list[list],
+    lengths: np.ndarray | None, tapes: list[Tape] | None, threads: int, steps: int,
+) -> tuple[str, int]:  # fmt: skip
     """A stack of layers forward, side by side in slices of so many steps: see `run_forward`.
 
-    `states` has h_0, c_0, h_n, c_n of each layer. Returns full tapes, or, of no kind, nothing.
+    `states` has h_0, c_0, h_n, c_n of each layer; tapes are full ones. Returns what ran.
     """
-    tapes, calls = [], []
-    for packed, y, (h_0, c_0, h_n, c_n) in zip(packs, ys, states, strict=True):
-        kept: tuple = (None, None, None)
-        if kind:
-            tapes.append(tape := _new_tape(cell, packed, x, h_n.shape, lengths, False, kind))
-            kept = tape.gates, tape.h, tape.c
+    calls = []
+    for layer, (y, (h_0, c_0, h_n, c_n)) in enumerate(zip(ys, states, strict=True)):
+        kept = (tapes[layer].gates, tapes[layer].h, tapes[layer].c) if tapes else (None, None, None)
         calls.append((x, y, h_0, c_0, h_n, c_n, *kept))
         x = y
-    ran = _kernels.wavefront(
-        tuple(packs), tuple(calls), lengths, config.threads, config.plan, steps
-    )
-    for tape in tapes:
+    ran = _kernels.wavefront(tuple(packs), tuple(calls), lengths, threads, config.plan, steps)
+    for tape, packed in zip(tapes or (), packs, strict=bool(tapes)):
         tape.plan, tape.threads = ran
-    return tuple(tapes)
+        tape.isa = packed.isa
+    return ran
 
 
-def _new_tape(
-    cell: Cell, packed: Any, x: np.ndarray, shape: tuple[int, ...], lengths: np.ndarray | None,
-    reverse: bool, kind: str,
+def new_tape(
+    cell: Cell, x: Sequence, D: int, H: int, lengths: np.ndarray | None, reverse: bool,
+    packed: Any = None, new: New | None = None,
 ) -> Tape:  # fmt: skip
-    """A tape of a call with states of this shape, with room for what forward writes."""
-    D, B, H = shape
-    T, dtype, tape_gates = x.shape[0], x.dtype, len(cell.tape_gates)
+    """A tape for a call with x, with room for what forward writes; a light one if given its pack.
+
+    `new` makes its arrays, of any contents, from their shapes: `new_array`, if it is None.
+    """
+    T, B, _ = x.shape
+    if new is None:
+        new = partial(new_array, dtype=x.dtype)
     tape = Tape()
     tape.cell, tape.x, tape.lengths, tape.reverse = cell.name, x, lengths, reverse
     tape.batch_first = tape.unbatched = False
-    tape.steps, tape.pack, tape.gates = 0, None, None
-    states = D, T + 1, B, H
-    if kind == "light":
-        tape.pack = packed
+    tape.steps, tape.pack, tape.gates, tape.c = 0, packed, None, None
+    tape.plan, tape.threads, tape.isa = "", 0, ""  # nothing ran yet
+    if packed is None:
+        states = D, T + 1, B, H
+        if cell.tape_gates:
+            tape.gates = new((D, T, B, len(cell.tape_gates), H))
+    else:
         tape.steps, slices = _slices(cell, packed, _longest(lengths, T, B), B)
         states = slices, D, B, H
-    elif tape_gates:
-        tape.gates = new_array((D, T, B, tape_gates, H), dtype)
-    tape.h = new_array(states, dtype)
-    tape.c = new_array(states, dtype) if "c" in cell.states else None
-    tape.isa = packed.isa
+    tape.h = new(states)
+    if "c" in cell.states:
+        tape.c = new(states)
     return tape
 
 
 def run_backward(
-    packed: Any, tape: Tape, dy: np.ndarray | None, dh_n: np.ndarray | None,
-    dc_n: np.ndarray | None, dx: np.ndarray | None, dh_0: np.ndarray | None,
-    dc_0: np.ndarray | None, grads: tuple | None, add_to: tuple | None = None,
+    packed: Any, tape: Tape, dy: Sequence | None, dh_n: np.ndarray | None,
+    dc_n: np.ndarray | None, dx: Sequence | None, dh_0: np.ndarray | None,
+    dc_0: np.ndarray | None, grads: tuple | None, threads: int, add_to: tuple | None = None,
     replace: bool = False,
 ) -> tuple[str, int]:  # fmt: skip
     """One layer backward into dx, dh_0, dc_0 and grads (each None where not wanted).
@@ -217,7 +221,7 @@ def run_backward(
         light = tape.pack, tape.steps, tape.h, tape.c, h_n, c_n
     return _kernels.backward(
         packed, x, tape.lengths, gates, h, c, dy, dh_n, dc_n, dx, dh_0, dc_0,
-        grads, tape.reverse, config.threads, config.plan, light, add_to, replace,
+        grads, tape.reverse, threads, config.plan, light, add_to, replace,
     )  # fmt: skip
 
 
@@ -407,12 +411,14 @@ def _forward(
     h_n = np.empty((D, B, H), dtype)
     c_n = np.empty((D, B, H), dtype) if pair else None
     y = as_steps(result, batch_first, unbatched)
-    ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, reverse, kind)
+    kept = None
     if kind:
-        ran.batch_first, ran.unbatched = batch_first, unbatched
+        kept = new_tape(cell, x, D, H, lengths, reverse, packed if kind == "light" else None)
+        kept.batch_first, kept.unbatched = batch_first, unbatched
+    run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, reverse, kept, config.threads)
     if unbatched:
         h_n, c_n = h_n[:, 0], None if c_n is None else c_n[:, 0]
-    return result, (h_n, c_n) if pair else h_n, ran if kind else None
+    return result, (h_n, c_n) if pair else h_n, kept
 
 
 def new_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -478,7 +484,9 @@ def _backward(
         for d in range(D)
     )
     wanted = grads if needed.intersection(PARAMETERS) else None
-    plan, threads = run_backward(packed, tape, dy, dh_n, dc_n, dx_steps, dh_0, dc_0, wanted)
+    plan, threads = run_backward(
+        packed, tape, dy, dh_n, dc_n, dx_steps, dh_0, dc_0, wanted, config.threads
+    )
     dstate_0 = None
     if dh_0 is not None:
         if unbatched:
@@ -507,7 +515,7 @@ def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
         h_0, c_0 = checks.step_states(names, state, pair, dtype, (B, H), unbatched)
     y, h_n = np.empty((1, B, H), dtype), np.empty((1, B, H), dtype)
     c_n = np.empty((1, B, H), dtype) if pair else None
-    run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, None, False, None)
+    run_forward(packed, x, h_0, c_0, y, h_n, c_n, None, False, None, config.threads)
     h, c = (None if s is None else s[0, 0] if unbatched else s[0] for s in (h_n, c_n))
     return (h, c) if pair else h
 

@@ -1,7 +1,7 @@
 """RNN, LSTM and GRU: stacks of layers that own their parameters.
 
-Knows parameters, layers, directions and dropout between layers; passes each layer's work to
-`functional` and each question about an argument to `checks`.
+Knows parameters, packs and who owns what; passes the layers' work to `stack` and each question
+about an argument to `checks`.
 
 T steps, B batch, I input size, H hidden size, L layers, D directions, as everywhere.
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from . import _kernels, checks, config, functional, storage
+from . import _kernels, checks, config, functional, stack, storage
 from .cells import CELLS, PARAMETERS, Cell
 from .functional import (
     BACKWARD,
@@ -24,9 +25,7 @@ from .functional import (
     as_steps,
     new_array,
     new_sequence,
-    run_backward,
     run_forward,
-    run_wavefront,
 )
 from .parameters import (
     ENDS,
@@ -39,8 +38,6 @@ from .parameters import (
     views_of,
 )
 from .streams import Stream
-
-WAVEFRONT_NUMBERS = 4 * 1024 * 1024  # of all layers' y, at most, in inference side by side
 
 
 class StackTape:
@@ -55,13 +52,11 @@ class StackTape:
 
     __slots__ = ("_dropout", "_owner", "isa", "layers", "plan", "threads")
 
-    def __init__(
-        self, layers: tuple[Tape, ...], dropout: tuple[float, int, int], owner: bytes
-    ) -> None:
+    def __init__(self, layers: tuple[Tape, ...], dropout: stack.Dropout, owner: bytes) -> None:
         most = layers[0] if len(layers) == 1 else max(layers, key=lambda layer: layer.threads)
         self.layers = layers
         self.plan, self.threads, self.isa = most.plan, most.threads, most.isa
-        self._dropout = dropout  # probability, seed, call: what the masks are made of
+        self._dropout = dropout
         self._owner = owner  # the module's token
 
     @property
@@ -356,58 +351,32 @@ class Recurrent:
         else:
             y = result = new_array((T, B, N), dtype)
         call = self._dropout_calls if kind else 0
-        if L == 1:
-            packs = self._packs and self._kept(FORWARD)
+        threads = config.threads
+        packs = self._packs and self._kept(FORWARD)
+        if kind is None and L == 1:
             packed = packs[0] if packs else self._pack(0, FORWARD)
-            ran = run_forward(cell, packed, x, h_0, c_0, y, h_n, c_n, lengths, False, kind)
-            tapes = (ran,)
+            run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, False, None, threads)
+            tapes = None
         else:
-            tapes = self._forward_layers(x, h_0, c_0, y, h_n, c_n, lengths, kind, call)
+            if kind == "light" and not packs:  # a light tape keeps them
+                packs = self._pack_all(FORWARD)
+            tapes = kind and stack.new_tapes(
+                cell, x, H, L, D, lengths, packs if kind == "light" else None
+            )
+            pack = packs.__getitem__ if packs else partial(self._pack, kind=FORWARD)
+            dropout = stack.Dropout(*self._dropout, call) if kind else stack.NO_DROPOUT
+            stack.forward(
+                cell, pack, L, D, x, h_0, c_0, y, h_n, c_n, lengths, tapes, dropout, threads
+            )
         if unbatched:
             h_n, c_n = h_n[:, 0], None if c_n is None else c_n[:, 0]
         state_n = h_n if c_n is None else (h_n, c_n)
-        if kind is None:
+        if tapes is None:
             return result, state_n, None
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
         self._dropout_calls = call + 1
-        return result, state_n, StackTape(tapes, (*self._dropout, call), self._token)
-
-    def _forward_layers(
-        self, x: np.ndarray, h_0: np.ndarray | None, c_0: np.ndarray | None, y: np.ndarray,
-        h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None, kind: str | None,
-        call: int,
-    ) -> tuple:  # fmt: skip
-        """Layer upon layer, from x to y, both [T, B, ...]; returns what each of them returned."""
-        _, _, L, D = self._sizes
-        p, seed = self._dropout
-        packs = self._kept(FORWARD)
-        if D == 1 and kind != "light" and not (kind and p):  # else layers wait for each other
-            T, B, I = x.shape
-            steps = _kernels.wavefront_steps(
-                self._cell.number, self._dtype.char, T, B, I, self._sizes[1], L,
-                config.threads, config.plan,
-            )  # fmt: skip
-            # All layers' y live at once then; in training they do anyway, for the tape.
-            if steps and (kind or L * T * B * y.shape[2] <= WAVEFRONT_NUMBERS):
-                ys = [new_array(y.shape, y.dtype) for _ in range(L - 1)] + [y]
-                states = [_own(layer, D, h_0, c_0, h_n, c_n) for layer in range(L)]
-                packs = packs or self._pack_all(FORWARD)
-                return run_wavefront(self._cell, packs, x, ys, states, lengths, kind, steps)
-        results = []
-        for layer in range(L):
-            packed = packs[layer] if packs else self._pack(layer, FORWARD)
-            y_layer = y if layer == L - 1 else new_array(y.shape, y.dtype)
-            h_in, c_in, h_out, c_out = _own(layer, D, h_0, c_0, h_n, c_n)
-            ran = run_forward(
-                self._cell, packed, x, h_in, c_in, y_layer, h_out, c_out, lengths, False, kind
-            )
-            results.append(ran)
-            x = y_layer
-            if kind and p and layer < L - 1:
-                x = new_array(y.shape, y.dtype)
-                _kernels.dropout(y_layer, x, p, seed, call, layer, config.threads, config.plan)
-        return tuple(results)
+        return result, state_n, StackTape(tuple(tapes), dropout, self._token)
 
     def backward(
         self, tape: StackTape, dy: Any = None, dstate: Any = None, *, need_dx: bool = True,
@@ -432,7 +401,7 @@ class Recurrent:
         """
         need_dx = checks.boolean("need_dx", need_dx)
         accumulate = checks.boolean("accumulate", accumulate)
-        layers, (p, seed, call) = self._own_tapes(tape)
+        layers, dropout = self._own_tapes(tape)
         dtype, pair = self._dtype, self._pair
         I, H, L, D = self._sizes
         batch_first, unbatched = layers[0].batch_first, layers[0].unbatched
@@ -456,24 +425,13 @@ class Recurrent:
         dh_0 = np.empty((rows, B, H), dtype)
         dc_0 = np.empty((rows, B, H), dtype) if pair else None
         packs = self._kept(BACKWARD)
-        for layer in reversed(range(L)):
-            packed = packs[layer] if packs else self._pack(layer, BACKWARD)
-            if layer:
-                dx = new_array((T, B, N), dtype)
-            else:
-                dx = as_steps(dx_result, batch_first, unbatched) if need_dx else None
-            dh_last, dc_last, dh_first, dc_first = _own(layer, D, dh_n, dc_n, dh_0, dc_0)
-            with _kernels.Turn(adding if L == D == 1 else None) as held:
-                run_backward(
-                    packed, layers[layer], dy, dh_last, dc_last, dx, dh_first, dc_first,
-                    grads[layer], self._own_grads[0][0] if held else None, not accumulate,
-                )  # fmt: skip
-            if layer and p:  # the mask between this layer and the one below
-                dy = new_array(dx.shape, dtype)
-                run = config.threads, config.plan
-                _kernels.dropout(dx, dy, p, seed, call, layer - 1, *run)
-            else:
-                dy = dx
+        pack = packs.__getitem__ if packs else partial(self._pack, kind=BACKWARD)
+        dx = as_steps(dx_result, batch_first, unbatched) if need_dx else None
+        with _kernels.Turn(adding if L == D == 1 else None) as held:
+            stack.backward(
+                pack, layers, D, dy, dh_n, dc_n, dx, dh_0, dc_0, grads, dropout, config.threads,
+                add_to=self._own_grads[0][0] if held else None, replace=not accumulate,
+            )  # fmt: skip
         if unbatched:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
         if not held:
@@ -496,7 +454,7 @@ class Recurrent:
         fresh = aligned(self._flat.size, self._dtype)
         return fresh, self._by_layer(views_of(fresh, self._shapes))
 
-    def _own_tapes(self, tape: StackTape) -> tuple[list[Tape], tuple[float, int, int]]:
+    def _own_tapes(self, tape: StackTape) -> tuple[list[Tape], stack.Dropout]:
         """The layers' tapes as backward may read them, see `own_tape`, and what made the masks."""
         if type(tape) is not StackTape:
             needs = "what forward_train returned as its tape"
@@ -597,12 +555,6 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments["seed"] is not None:
         checked["seed"] = checks.integer("seed", arguments["seed"], 0, checks.MAX_SEED)
     return checked
-
-
-def _own(layer: int, D: int, *states: np.ndarray | None) -> list[np.ndarray | None]:
-    """One layer's part [D, B, H] of each of a stack's states [L*D, B, H]."""
-    own = slice(layer * D, layer * D + D)
-    return [None if state is None else state[own] for state in states]
 
 
 # ------------------------------------------------------------------------------------ the modules

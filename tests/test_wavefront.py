@@ -9,7 +9,7 @@ from cases import DTYPES, as_tuple, make_module, past_lengths
 from tolerances import assert_same_bits
 
 import rnnfast
-from rnnfast import _kernels, functional, modules
+from rnnfast import _kernels, functional, stack
 from rnnfast.cells import CELLS
 
 T, I, H = 37, 5, 19
@@ -98,7 +98,7 @@ def test_inference_of_a_long_sequence_keeps_two_layers_outputs_alone(choose, mon
     choose(2, "wavefront")
     seen, original = [], _kernels.wavefront
     monkeypatch.setattr(_kernels, "wavefront", lambda *args: seen.append(1) or original(*args))
-    x = np.zeros((modules.WAVEFRONT_NUMBERS // (4 * 8) + 1, 1, I), np.float32)
+    x = np.zeros((stack.WAVEFRONT_NUMBERS // (4 * 8) + 1, 1, I), np.float32)
     module = rnnfast.RNN(I, 8, 4, seed=1)
     module(x[:1000])
     assert len(seen) == 1

@@ -421,7 +421,7 @@ static ptrdiff_t layout_of(int layout, ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf
 /* The values of a row's valid steps; the rest stays poisoned. */
 static rf_seq seq_in(run_buffers *run, const char *name, const problem *p, int layout, ptrdiff_t N,
                      const double *values) {
-    rf_seq seq;
+    rf_seq seq = {0};
     buffer *b =
         allocate(run, name, layout_of(layout, p->shape.T, p->shape.B, N, &seq) * run->element, 0);
     seq.data = b->data;
@@ -436,7 +436,7 @@ static rf_seq seq_in(run_buffers *run, const char *name, const problem *p, int l
 
 static rf_seq seq_out(run_buffers *run, const char *name, const problem *p, int layout,
                       ptrdiff_t N) {
-    rf_seq seq;
+    rf_seq seq = {0};
     seq.data =
         allocate(run, name, layout_of(layout, p->shape.T, p->shape.B, N, &seq) * run->element, 0)
             ->data;
@@ -710,7 +710,8 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
             if (has_c) c[i] = i ? dense_out(&run, "c", states) : offset(&run, c_n, own);
             f.step0 = border[i + 1];
             f.step1 = border[i];
-            f.y = (rf_seq){offset(&run, y.data, d * H), y.step, y.row};
+            f.y = y;
+            f.y.data = offset(&run, y.data, d * H);
             f.h_0 = h[i + 1];
             f.c_0 = c[i + 1];
             f.h_n = h[i];
@@ -722,7 +723,8 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
         g.run = f.run;
         g.pack[0] = run_pack(&run, p, k, RF_PACK_BACKWARD, d, 1);
         g.x = x;
-        g.dy = (rf_seq){offset(&run, dy.data, d * H), dy.step, dy.row};
+        g.dy = dy;
+        g.dy.data = offset(&run, dy.data, d * H);
         g.dx = dx;
         g.add_dx = d;
         void **out[] = {&g.grads[0].W, &g.grads[0].R, &g.grads[0].b_ih, &g.grads[0].b_hh};
@@ -1109,7 +1111,7 @@ static void stack_calls(run_buffers *run, const problem *bottom, const problem *
         rf_forward_args *f = &layers[i];
         *f = (rf_forward_args){.shape = *s, .step1 = s->T, .lengths = bottom->lengths};
         f->x = i == 0 ? seq_in(run, "x", p, 0, s->I, p->param[X]) : layers[i - 1].y;
-        f->y = (rf_seq){OUT("y", s->T * B * H), B * H, H};
+        f->y = (rf_seq){OUT("y", s->T * B * H), B * H, H, NULL};
         f->pack[0] = run_pack(run, p, k, RF_PACK_FORWARD, 0, 1);
         f->h_0 = i % 2 ? NULL : dense_in(run, "h_0", p->param[H_0], B * H);
         f->h_n = OUT("h_n", B * H);

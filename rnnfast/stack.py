@@ -1,0 +1,147 @@
+"""A stack of layers through time: what one layer hands to the next, and dropout in between.
+
+Knows the work of one layer (`functional`'s pair that does it all) and the wavefront; no parameters,
+no module and no checks: it trusts its arguments. Whose weights are packed, and when, its callers
+know: `pack(layer)` gives one layer's pack.
+
+T steps, B batch, N = D*H numbers of a step's output, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _kernels, config
+from .cells import Cell
+from .functional import (
+    New,
+    Sequence,
+    Tape,
+    new_array,
+    new_tape,
+    run_backward,
+    run_forward,
+    run_wavefront,
+)
+
+Packing = Callable[[int], Any]
+
+WAVEFRONT_NUMBERS = 4 * 1024 * 1024  # of all layers' y, at most, in inference side by side
+
+
+class Dropout(NamedTuple):
+    """What is dropped between two layers: with which probability, and what the masks are made of.
+
+    The mask of a call, a layer and a place is `reference.dropout_mask`'s.
+    """
+
+    p: float
+    seed: int
+    call: int
+
+    def apply(self, layer: int, x: np.ndarray, out: np.ndarray, threads: int) -> None:
+        """Drops what lies between a layer and the one above; in backward, of its gradient."""
+        _kernels.dropout(x, out, self.p, self.seed, self.call, layer, threads, config.plan)
+
+
+NO_DROPOUT = Dropout(0.0, 0, 0)
+
+
+def new_tapes(
+    cell: Cell, x: Sequence, H: int, L: int, D: int, lengths: np.ndarray | None,
+    packs: list[Any] | None = None, new: New | None = None,
+) -> list[Tape]:  # fmt: skip
+    """Tapes for a call with x, one for each layer; light ones if the call's packs are given.
+
+    `new` makes their arrays, and what layers hand to those above, from shapes, in an order that
+    depends on nothing else.
+    """
+    T, B, _ = x.shape
+    if new is None:
+        new = partial(new_array, dtype=x.dtype)
+    tapes = []
+    for layer in range(L):
+        packed = packs[layer] if packs else None
+        tapes.append(new_tape(cell, x, D, H, lengths, False, packed, new))
+        if layer < L - 1:
+            x = new((T, B, D * H))
+    return tapes
+
+
+def own(layer: int, D: int, *states: np.ndarray | None) -> list[np.ndarray | None]:
+    """One layer's part [D, B, H] of each of a stack's states [L*D, B, H]."""
+    part = slice(layer * D, layer * D + D)
+    return [None if state is None else state[part] for state in states]
+
+
+def forward(
+    cell: Cell, pack: Packing, L: int, D: int, x: Sequence, h_0: np.ndarray | None,
+    c_0: np.ndarray | None, y: Sequence, h_n: np.ndarray, c_n: np.ndarray | None,
+    lengths: np.ndarray | None, tapes: list[Tape] | None, dropout: Dropout, threads: int,
+) -> None:  # fmt: skip
+    """Layer upon layer, or side by side, from x [T, B, I] to y [T, B, N] and the states h_n, c_n.
+
+    Tapes are those that `new_tapes` made for this call. Without, what layers hand on is scratch.
+    """
+    T, B, I = x.shape
+    H = h_n.shape[2]
+    light = tapes is not None and tapes[0].steps > 0
+    if L > 1 and D == 1 and not light and not dropout.p:  # else layers wait for each other
+        steps = _kernels.wavefront_steps(
+            cell.number, x.dtype.char, T, B, I, H, L, threads, config.plan
+        )
+        # All layers' y live at once then; in training they do anyway, for the tapes.
+        if steps and (tapes or L * T * B * H <= WAVEFRONT_NUMBERS):
+            if tapes:
+                ys = [tape.x for tape in tapes[1:]]
+            else:
+                ys = [new_array((T, B, H), x.dtype) for _ in range(L - 1)]
+            states = [own(layer, D, h_0, c_0, h_n, c_n) for layer in range(L)]
+            packs = [pack(layer) for layer in range(L)]
+            run_wavefront(packs, x, [*ys, y], states, lengths, tapes, threads, steps)
+            return
+    for layer in range(L):
+        tape = tapes[layer] if tapes else None
+        last = layer == L - 1
+        handed = y if last else tapes[layer + 1].x if tapes else None
+        if handed is None:
+            handed = new_array((T, B, D * H), x.dtype)
+        out = handed if last or not dropout.p else new_array((T, B, D * H), x.dtype)
+        h_in, c_in, h_out, c_out = own(layer, D, h_0, c_0, h_n, c_n)
+        packed = pack(layer)
+        run_forward(packed, x, h_in, c_in, out, h_out, c_out, lengths, False, tape, threads)
+        if out is not handed:
+            dropout.apply(layer, out, handed, threads)
+        x = handed
+
+
+def backward(
+    pack: Packing, tapes: list[Tape], D: int, dy: Sequence | None, dh_n: np.ndarray | None,
+    dc_n: np.ndarray | None, dx: Sequence | None, dh_0: np.ndarray | None,
+    dc_0: np.ndarray | None, grads: list[tuple | None], dropout: Dropout, threads: int,
+    lowest: int = 0, add_to: tuple | None = None, replace: bool = False,
+) -> None:  # fmt: skip
+    """From dy down to dx, dh_0, dc_0 and each layer's grads, all as of `run_backward`.
+
+    Layers below the lowest, of which nothing is wanted, are not run. `add_to` and `replace` are for
+    a single layer.
+    """
+    T, B, _ = tapes[-1].x.shape
+    H, dtype = tapes[-1].h.shape[-1], tapes[-1].x.dtype
+    for layer in reversed(range(lowest, len(tapes))):
+        below = dx if layer == 0 else None
+        if layer > lowest:
+            below = new_array((T, B, D * H), dtype)
+        dh_last, dc_last, dh_first, dc_first = own(layer, D, dh_n, dc_n, dh_0, dc_0)
+        run_backward(
+            pack(layer), tapes[layer], dy, dh_last, dc_last, below, dh_first, dc_first,
+            grads[layer], threads, add_to, replace,
+        )  # fmt: skip
+        dy = below
+        if dropout.p and layer > lowest:  # the mask between this layer and the one below
+            dy = new_array(below.shape, dtype)
+            dropout.apply(layer - 1, below, dy, threads)
