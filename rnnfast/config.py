@@ -15,6 +15,7 @@ from . import _kernels, checks
 # Read by functional on every call.
 threads: int
 plan: int
+told = False  # whether somebody chose the threads; else they are a guess from the cores
 
 
 def set_num_threads(n: int) -> None:
@@ -28,8 +29,9 @@ def set_num_threads(n: int) -> None:
     1
     >>> set_num_threads(before)
     """
-    global threads
+    global threads, told
     threads = checks.integer("num_threads", n, 1, checks.MAX_THREADS)
+    told = True
 
 
 def get_num_threads() -> int:
@@ -86,14 +88,14 @@ def read_environment() -> None:
 
     Raises ValueError with the variable, its value and the accepted ones.
     """
-    global threads, plan
+    global threads, plan, told
     threads = min(_kernels.cpu_count(), checks.MAX_THREADS)
     if (value := _variable("RNNFAST_NUM_THREADS")) is not None:
         number = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else 0
         if not 1 <= number <= checks.MAX_THREADS:
             needs = f"an integer in 1..{checks.MAX_THREADS}"
             checks.fail(ValueError, "RNNFAST_NUM_THREADS", checks.describe(value), needs)
-        threads = number
+        threads, told = number, True
     value = _variable("RNNFAST_PLAN") or "auto"
     plan = _kernels.PLANS.index(checks.choice("RNNFAST_PLAN", value, _kernels.PLANS))
     value = _variable("RNNFAST_ISA") or "auto"

@@ -1,0 +1,16 @@
+"""A drop-in for torch.nn's recurrent modules: `import rnnfast.torch`, then change one word.
+
+Knows the public names, nothing else. Needs PyTorch, which nothing else of rnnfast does.
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError("rnnfast.torch: needs PyTorch: `pip install torch`") from None
+
+from .cells import GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]

@@ -1,0 +1,148 @@
+"""The same layers once more, as a composition of PyTorch's own operations, step by step.
+
+Knows equations and autograd; nothing of kernels, but for the dropout masks, which must be the same.
+Slow, and there for what kernels cannot do: it can be differentiated as often as one likes, forward
+and backward, and be transformed by torch.func.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import stack
+from ..cells import CELLS
+from .bridge import Call, threads
+
+
+def _cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Items[Tensor]) -> tuple:
+    """One step: x [b, I], h, c [b, H] -> the next h and c; equations as in `rnnfast.reference`."""
+    W, R, *biases = weights
+    b_ih, b_hh = biases or (None, None)
+    a, b = torch.nn.functional.linear(x, W, b_ih), torch.nn.functional.linear(h, R, b_hh)
+    if cell == "lstm":
+        i, f, g, o = (a + b).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    if cell == "gru":
+        (ar, az, an), (br, bz, bn) = a.chunk(3, 1), b.chunk(3, 1)
+        r, z = torch.sigmoid(ar + br), torch.sigmoid(az + bz)
+        n = torch.tanh(an + r * bn)
+        return (1 - z) * n + z * h, None
+    return torch.tanh(a + b) if cell == "rnn_tanh" else torch.relu(a + b), None
+
+
+def _direction(
+    cell: str, x: list[Tensor], h: Tensor, c: Tensor | None, weights: Items[Tensor], reverse: bool
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """One layer in one direction; x has the rows that run at each step, longest rows first."""
+    y = list(x)  # of each step to be replaced
+    for t in reversed(range(len(x))) if reverse else range(len(x)):
+        n = x[t].shape[0]
+        c_run = None if c is None else c[:n]
+        h_run, c_run = _cell_step(cell, x[t], h[:n], c_run, weights)
+        y[t] = h_run
+        h = torch.cat((h_run, h[n:]))
+        if c is not None:
+            c = torch.cat((c_run, c[n:]))
+    return y, h, c
+
+
+def forward(
+    call: Call, x: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None,
+    seed: Tensor | None, weights: Items[Tensor],
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """y, h_n and c_n (None of a cell without c) of `bridge.forward`, to differentiate."""
+    L, D = call.L, call.D
+    each = len(weights) // (L * D)
+    H = weights[1].shape[1]
+    B = int(batch_sizes[0]) if batch_sizes is not None else x.shape[0 if call.batch_first else 1]
+    if h_0 is None:
+        h_0 = x.new_zeros((L * D, B, H))
+    if c_0 is None and "c" in CELLS[call.cell].states:
+        c_0 = x.new_zeros((L * D, B, H))
+    if batch_sizes is not None:
+        steps = list(x.split(batch_sizes.tolist()))
+    else:
+        steps = list(x.unbind(1 if call.batch_first else 0))
+    last_h, last_c = [], []
+    for layer in range(L):
+        outputs = []
+        for d in range(D):
+            row = layer * D + d
+            own = weights[row * each : (row + 1) * each]
+            c = None if c_0 is None else c_0[row]
+            y, h, c = _direction(call.cell, steps, h_0[row], c, own, d == 1)
+            outputs.append(y)
+            last_h.append(h)
+            last_c.append(c)
+        steps = [torch.cat(parts, 1) for parts in zip(*outputs, strict=True)]
+        if call.dropout and seed is not None and layer < L - 1:
+            steps = _dropped(call, seed, layer, steps)
+    if not steps:
+        y = x.new_zeros((*x.shape[:2], D * H))
+    elif batch_sizes is not None:
+        y = torch.cat(steps)
+    else:
+        y = torch.stack(steps, 1 if call.batch_first else 0)
+    return y, torch.stack(last_h), None if c_0 is None else torch.stack(last_c)
+
+
+def _dropped(call: Call, seed: Tensor, layer: int, steps: list[Tensor]) -> list[Tensor]:
+    """Dropout with the kernels' own mask, which is made by dropping ones."""
+    T, (B, N) = len(steps), steps[0].shape
+    dtype = np.float64 if steps[0].dtype == torch.float64 else np.float32
+    mask = np.empty((T, B, N), dtype)
+    dropout = stack.Dropout(call.dropout, int(seed), 0)
+    dropout.apply(layer, np.ones((T, B, N), dtype), mask, threads())
+    masks = torch.from_numpy(mask)
+    return [y * masks[t, : y.shape[0]] for t, y in enumerate(steps)]
+
+
+def backward_of_backward(
+    call: Call, needed: Items[bool], cotangents: Items[Tensor | None], dy: Tensor | None,
+    dh_n: Tensor | None, dc_n: Tensor | None, x: Tensor, batch_sizes: Tensor | None,
+    h_0: Tensor | None, c_0: Tensor | None, seed: Tensor | None, weights: Items[Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients by (dy, dh_n, dc_n, x, h_0, c_0, *weights) through what `bridge.backward` returns.
+
+    `cotangents`: the loss's gradient by each of these results, None for zeros. With grad mode on,
+    the results can be differentiated again.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: of a tensor that is given twice, each place must have a gradient of its own.
+        primal = [_leaf(t) for t in (x, h_0, c_0, *weights)]
+        upper = [_leaf(t) for t in (dy, dh_n, dc_n)]
+        x_in, h_in, c_in, *w_in = primal
+        results = forward(call, x_in, batch_sizes, h_in, c_in, seed, w_in)
+        pairs = [(r, u) for r, u in zip(results, upper, strict=True) if u is not None]
+        wanted = [p for p, need in zip(primal, needed, strict=True) if need and p is not None]
+        first = torch.autograd.grad(
+            [r for r, _ in pairs], wanted, [u for _, u in pairs],
+            create_graph=True, allow_unused=True,
+        )  # fmt: skip
+        seen = [(g, v) for g, v in zip(first, cotangents, strict=True) if _counts(g, v)]
+        inputs = [t for t in (*upper, *primal) if t is not None]
+        second: Items[Tensor | None] = [None] * len(inputs)
+        if seen:
+            gradients, given = zip(*seen, strict=True)
+            second = torch.autograd.grad(
+                gradients, inputs, given, create_graph=again, allow_unused=True
+            )
+    found = iter(second)
+    return [None if t is None else next(found) for t in (*upper, *primal)]
+
+
+def _leaf(tensor: Tensor | None) -> Tensor | None:
+    """A view that can be differentiated by, and that leads on to the tensor if that can be, too."""
+    if tensor is None:
+        return None
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _counts(gradient: Tensor | None, cotangent: Tensor | None) -> bool:
+    return gradient is not None and cotangent is not None and gradient.requires_grad
