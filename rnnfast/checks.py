@@ -611,6 +611,27 @@ def entries(
     return arrays
 
 
+def named(name: str, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Those of named entries that start with a prefix, without it.
+
+    >>> named("state_dict", {"rnn.bias": 1, "head.bias": 2}, "rnn.")
+    {'bias': 1}
+    """
+    if not isinstance(given, Mapping):
+        fail(TypeError, name, describe(given), "a dict of names to arrays")
+    given = dict(given)
+    own = {
+        key.removeprefix(prefix): value
+        for key, value in given.items()
+        if type(key) is str and key.startswith(prefix)
+    }
+    if not own:
+        starts = sorted({key[: key.rfind(".") + 1] for key in given if type(key) is str})
+        needs = f"names of the state_dict's start, one of {_some(map(repr, starts))}"
+        fail(ValueError, "prefix", describe(prefix), needs)
+    return own
+
+
 def _prefix(given: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """A hint at the one prefix, as of a larger model's part, with which all names are there."""
     names = {key for key in given if type(key) is str}
@@ -619,8 +640,8 @@ def _prefix(given: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
         if prefix and all(prefix + key in names for key in shapes):
             shown = describe(prefix)
             if all(key.startswith(prefix) for key in names):
-                return f" (all names start with {shown}; strip it)"
-            return f" (names that start with {shown} are there; take these alone and strip it)"
+                return f" (all names start with {shown}: prefix={shown})"
+            return f" (names that start with {shown} are there: prefix={shown})"
     return ""
 
 

@@ -218,19 +218,25 @@ class Recurrent:
         """
         return {name: view.copy() for name, view in self._params.items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
         """Takes all parameters from a dict of arrays or tensors, such as PyTorch's `state_dict()`.
 
-        Raises ValueError if an entry is missing, unused or mis-shaped, TypeError for another
-        dtype; nothing is changed then.
+        prefix: of a whole model's dict, what this layer's names start with, as in "encoder.rnn.";
+        entries that start with something else are another layer's. Raises ValueError if an entry is
+        missing, unused or mis-shaped, TypeError for another dtype; nothing is changed then.
 
         >>> a, b = GRU(2, 3, seed=1), GRU(2, 3, seed=2)
         >>> b.load_state_dict(a.state_dict())
         >>> bool((a.flat == b.flat).all())
         True
+        >>> b.load_state_dict({f"rnn.{name}": a for name, a in a.params.items()}, prefix="rnn.")
         """
         if self._packs is not None:
             checks.fail(ValueError, "load_state_dict", "a frozen module", "unfreeze() first")
+        if type(prefix) is not str:
+            checks.fail(TypeError, "prefix", checks.describe(prefix), "a str")
+        if prefix:
+            state_dict = checks.named("state_dict", state_dict, prefix)
         # Into a buffer first, in case reading an entry fails or an entry is a view of this module.
         fresh = np.empty_like(self._flat)
         views = views_of(fresh, self._shapes)

@@ -100,9 +100,9 @@ def test_names_with_a_prefix_are_told_to_be_stripped():
     lstm = rnnfast.LSTM(I, H, 2, bidirectional=True)
     right = lstm.state_dict()
     whole = {f"model.rnn.{name}": array for name, array in right.items()}
-    assert hint(lstm, whole) == "all names start with 'model.rnn.'; strip it"
+    assert hint(lstm, whole) == "all names start with 'model.rnn.': prefix='model.rnn.'"
     more = {"fc.weight": X, **whole}
-    want = "names that start with 'model.rnn.' are there; take these alone and strip it"
+    want = "names that start with 'model.rnn.' are there: prefix='model.rnn.'"
     assert hint(lstm, more) == want
     del whole["model.rnn.bias_hh_l1"]
     assert hint(lstm, whole) == ""

@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
     raise ImportError("rnnfast.torch: needs PyTorch: `pip install torch`") from None
 
 from .cells import GRUCell, LSTMCell, RNNCell
+from .convert import Conversion, convert
 from .modules import GRU, LSTM, RNN
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "Conversion", "GRUCell", "LSTMCell", "RNNCell", "convert"]

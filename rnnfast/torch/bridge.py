@@ -2,10 +2,12 @@
 
 Knows tensors as memory that arrays can share, and `stack`; nothing of modules, gradients' graphs or
 the compiler. Nothing is copied but what the kernels cannot read as it lies. Results lie in memory
-of our own, which is kept for the next call.
+of our own, which is kept for the next call. Here, and only here, is looked whether tensors fit each
+other: operators can be called by anybody.
 
-T steps, B batch, N = D*H, L layers, D directions, as in `stack`. Weights come as one flat list: for
-each layer, for each direction, W [G*H, I or N], R [G*H, H], and b_ih, b_hh [G*H] or neither.
+T steps, B batch, N = D*H, G gates, L layers, D directions, as in `stack`. Weights come as one flat
+list: for each layer, for each direction, W [G*H, I or N], R [G*H, H], and b_ih, b_hh [G*H] or
+neither.
 """
 
 from __future__ import annotations
@@ -13,17 +15,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Items
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _kernels, checks, config, stack
-from ..cells import CELLS, Cell
-from ..functional import BACKWARD, FORWARD, Sequence, Tape, as_steps, new_array
+from ..cells import CELLS, PARAMETERS, Cell
+from ..functional import BACKWARD, FORWARD, Sequence, Tape, as_steps, new_array, run_forward
+from ..parameters import ENDS
 
+DTYPES = torch.float32, torch.float64
 LINE = 16  # numbers: each array of a flat tape begins at a cache line, or two
+
+
+class Misfit(ValueError, RuntimeError):
+    """Tensors that do not fit each other, or that the kernels cannot read; PyTorch has either."""
 
 
 class Call(NamedTuple):
@@ -41,37 +49,132 @@ def threads() -> int:
     return config.threads if config.told else min(torch.get_num_threads(), checks.MAX_THREADS)
 
 
-def packed_rows(batch_sizes: np.ndarray, rows: int) -> tuple[int, int]:
-    """T and B of packed rows. Raises ValueError if the sizes are not those of a PackedSequence."""
+# ---------------------------------------------------------------------------------------- checks
+
+
+def describe(value: Any) -> str:
+    """What came, in a few words.
+
+    >>> describe(torch.zeros(2, 3))
+    'torch.float32 tensor of shape (2, 3) on cpu'
+    """
+    if not isinstance(value, Tensor):
+        return checks.describe(value)
+    layout = "" if value.layout is torch.strided else f" {str(value.layout).removeprefix('torch.')}"
+    shape = "unknown" if value.is_nested else tuple(value.shape)
+    return f"{value.dtype}{layout} tensor of shape {shape} on {value.device}"
+
+
+def _misfit(name: str, value: Any, needs: str) -> NoReturn:
+    checks.fail(Misfit, name, describe(value), needs)
+
+
+def _refuse(name: str, tensor: Any, like: Tensor, shape: tuple[int, ...]) -> NoReturn:
+    """Raises what is wrong with a tensor that is not of this shape, and of the kind of `like`."""
+    if not isinstance(tensor, Tensor):
+        _misfit(name, tensor, "a tensor")
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        _misfit(name, tensor, "a dense tensor: .to_dense() makes one")
+    if tensor.dtype not in DTYPES:
+        _misfit(name, tensor, "torch.float32 or torch.float64")
+    if tensor.device.type not in ("cpu", "meta"):
+        _misfit(name, tensor, "a tensor on the CPU: .cpu() makes one")
+    if tensor.device != like.device or tensor.dtype != like.dtype:
+        _misfit(name, tensor, f"{like.dtype} on {like.device}, as of the input")
+    _misfit(name, tensor, f"shape {shape}")
+
+
+def _is(tensor: Tensor, dtype: torch.dtype, device: torch.device, shape: tuple) -> bool:
+    return (
+        tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.device == device
+        and tensor.layout is torch.strided
+    )
+
+
+def fit(
+    call: Call, x: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None,
+    weights: Items[Tensor],
+) -> tuple[int, int]:  # fmt: skip
+    """T and B (-1 of packed rows without h_0) of tensors that fit; raises Misfit for others.
+
+    >>> W, R = torch.zeros(5, 3), torch.zeros(5, 5)
+    >>> fit(Call("rnn_tanh", 1, 1, False, 0.0), torch.zeros(7, 2, 3), None, None, None, [W, R])
+    (7, 2)
+    >>> fit(Call("rnn_tanh", 1, 1, False, 0.0), torch.zeros(7, 2, 4), None, None, None, [W, R])
+    Traceback (most recent call last):
+    rnnfast.torch.bridge.Misfit: weight_ih_l0: got torch.float32 tensor of shape (5, 3) on cpu; ...
+    """
+    cell, L, D = CELLS[call.cell], call.L, call.D
+    shape, dtype, device = x.shape, x.dtype, x.device
+    dimensions = 3 if batch_sizes is None else 2
+    if x.layout is not torch.strided or len(shape) != dimensions or dtype not in DTYPES:
+        _refuse("input", x, x, ("T", "B", "I") if dimensions == 3 else ("rows", "I"))
+    if device.type not in ("cpu", "meta"):
+        _refuse("input", x, x, tuple(shape))
+    if L < 1 or D not in (1, 2) or len(weights) not in (2 * L * D, 4 * L * D):
+        got = f"{len(weights)} of {L} layers in {D} directions"
+        checks.fail(Misfit, "weights", got, "2 or 4 for each layer, in 1 or 2 directions")
+    each = len(weights) // (L * D)
+    H = weights[1].shape[-1] if weights[1].dim() == 2 else 0
+    if H < 1 or shape[-1] < 1:
+        _refuse("weight_hh_l0", weights[1], x, ("G*H", "H, at least 1"))
+    rows, I = len(cell.gates) * H, shape[-1]
+    shapes = (rows, I), (rows, H), (rows,), (rows,)
+    for i, weight in enumerate(weights):
+        if i == each * D:
+            shapes = (rows, D * H), *shapes[1:]
+        needed = shapes[i % each]
+        # Not by _is: of small calls this is the longest part.
+        if weight.dtype is not dtype or weight.device != device or weight.shape != needed:
+            layer, d = divmod(i // each, D)
+            _refuse(f"{PARAMETERS[i % each]}_l{layer}{ENDS[d]}", weight, x, needed)
+    if batch_sizes is not None:
+        T, B = batch_sizes.shape[0], h_0.shape[1] if h_0 is not None and h_0.dim() == 3 else -1
+    else:
+        B, T = (shape[0], shape[1]) if call.batch_first else (shape[1], shape[0])
+    states = L * D, B, H
+    for name, state in (("h_0", h_0), ("c_0", c_0)):
+        if state is not None and not _is(state, dtype, device, states):
+            _refuse(name, state, x, states)
+    return T, B
+
+
+def _packed_rows(batch_sizes: np.ndarray, rows: int, B: int) -> int:
+    """B of packed rows; raises Misfit for sizes that no PackedSequence has, or of another B."""
     if batch_sizes.ndim != 1 or batch_sizes.dtype != np.int64 or batch_sizes.size == 0:
         got = checks.describe(batch_sizes)
-        checks.fail(ValueError, "batch_sizes", got, "an int64 tensor [T] of at least one step")
+        checks.fail(Misfit, "batch_sizes", got, "an int64 tensor [T] of at least one step")
     falling = batch_sizes[-1] >= 1 and (batch_sizes[1:] <= batch_sizes[:-1]).all()
     if not falling or batch_sizes[0] > rows or batch_sizes.sum() != rows:
         got = f"sizes from {batch_sizes[0]} to {batch_sizes[-1]} with the sum {batch_sizes.sum()}"
         needs = f"sizes that never rise, at least 1, with the sum {rows}, the rows of data"
-        checks.fail(ValueError, "batch_sizes", got, needs)
-    return batch_sizes.size, int(batch_sizes[0])
+        checks.fail(Misfit, "batch_sizes", got, needs)
+    if B not in (-1, batch_sizes[0]):
+        checks.fail(Misfit, "h_0", f"states of {B} rows", f"of {batch_sizes[0]}, as the input")
+    return int(batch_sizes[0])
+
+
+# ---------------------------------------------------------------------------------- as arrays
 
 
 class _Layout:
     """How the caller's sequences lie, and how the kernels see them."""
 
-    def __init__(self, call: Call, x: Tensor, batch_sizes: Tensor | None) -> None:
+    def __init__(self, call: Call, x: Tensor, batch_sizes: Tensor | None, T: int, B: int) -> None:
         self.lengths = self.starts = self.packed = None
         self.batch_first = call.batch_first
+        self.T, self.B = T, B
         if batch_sizes is None:
-            B, T = x.shape[:2] if call.batch_first else (x.shape[1], x.shape[0])
-            self.T, self.B = T, B
             return
         sizes = batch_sizes.numpy()
-        rows = x.shape[0]
-        self.packed = rows
-        self.T, self.B = packed_rows(sizes, rows)
-        if sizes[-1] < self.B:
+        self.packed = x.shape[0]
+        self.B = B = _packed_rows(sizes, self.packed, B)
+        if sizes[-1] < B:
             sizes = sizes.astype(checks.INTP, copy=False)
             self.starts = np.cumsum(sizes) - sizes
-            self.lengths = np.searchsorted(-sizes, -np.arange(self.B), side="left")
+            self.lengths = np.searchsorted(-sizes, -np.arange(B), side="left")
             self.lengths = self.lengths.astype(checks.INTP, copy=False)
 
     def new(self, width: int, dtype: np.dtype) -> np.ndarray:
@@ -89,6 +192,48 @@ class _Layout:
         if self.starts is None:  # all equally long
             return checks.contiguous(array).reshape(shape)
         return _kernels.Packed(array, self.starts, shape)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor.detach().numpy()
+
+
+def _rows(tensor: Tensor) -> np.ndarray:
+    """A sequence whose last axis is one run of numbers."""
+    array = _array(tensor)
+    return array if checks.has_rows(array) else checks.contiguous(array)
+
+
+def _whole(tensor: Tensor | None) -> np.ndarray | None:
+    """A contiguous, aligned array, or None."""
+    return None if tensor is None else checks.contiguous(_array(tensor))
+
+
+def _pack(
+    cell: Cell, weights: Items[Tensor], L: int, D: int, kind: int, workers: int, layer: int
+) -> Any:
+    """The pack of a layer's weights. They are known to fit, so their addresses tell all of them."""
+    each = len(weights) // (L * D)
+    own = weights[layer * D * each : (layer + 1) * D * each]
+    itemsize = own[0].itemsize
+    at, copies = [], []  # these are kept until all is packed
+    for weight in own:
+        address = weight.data_ptr()
+        if address % itemsize or not weight.is_contiguous() or weight.is_neg():
+            copies.append(weight.detach().clone(memory_format=torch.contiguous_format))
+            address = copies[-1].data_ptr()
+        at.append(address)
+    if each == 2:
+        by_direction = tuple((*at[d * 2 : d * 2 + 2], None, None) for d in range(D))
+    else:
+        by_direction = (tuple(at),) if D == 1 else (tuple(at[:4]), tuple(at[4:]))
+    sizes = own[0].shape[1], own[1].shape[1], itemsize
+    return _kernels.pack(cell.number, by_direction, kind, workers, config.plan, sizes)
+
+
+# ------------------------------------------------------------------------------------- the tape
 
 
 def tape_numbers(cell: Cell, T: Any, B: Any, H: int, L: int, D: int) -> Any:
@@ -111,45 +256,22 @@ def _tapes(
 
     def piece(shape: tuple[int, ...]) -> np.ndarray:
         nonlocal at
-        start, numbers = at, math.prod(shape)
-        at += _whole_lines(numbers)
-        if fresh:  # an operator's results have no random numbers
-            flat[start + numbers : at] = 0
-        return flat[start : start + numbers].reshape(shape)
+        start, end = at, at + math.prod(shape)
+        at = _whole_lines(end)
+        if fresh and end < at:  # an operator's results have no random numbers
+            flat[end:at] = 0
+        return flat[start:end].reshape(shape)
 
     return stack.new_tapes(cell, x, H, L, D, lengths, None, piece)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().numpy()
-
-
-def _rows(tensor: Tensor) -> np.ndarray:
-    """A sequence whose last axis is one run of numbers."""
-    array = tensor.detach().numpy()
-    return array if checks.has_rows(array) else checks.contiguous(array)
-
-
-def _whole(tensor: Tensor | None) -> np.ndarray | None:
-    """A contiguous, aligned array, or None."""
-    return None if tensor is None else checks.contiguous(tensor.detach().numpy())
-
-
-def _pack(
-    cell: Cell, weights: Items[Tensor], L: int, D: int, kind: int, workers: int, layer: int
-) -> Any:
-    each = len(weights) // (L * D)
-    start = layer * D * each
-    own = [checks.contiguous(_array(w)) for w in weights[start : start + D * each]]
-    biases = () if each == 4 else (None, None)
-    by_direction = tuple((*own[d * each : (d + 1) * each], *biases) for d in range(D))
-    return _kernels.pack(cell.number, by_direction, kind, workers, config.plan)
 
 
 def _dropout(call: Call, seed: Tensor | None) -> stack.Dropout:
     if not call.dropout or seed is None:
         return stack.NO_DROPOUT
     return stack.Dropout(call.dropout, int(seed), 0)
+
+
+# ------------------------------------------------------------------------------------- the calls
 
 
 def forward(
@@ -160,28 +282,36 @@ def forward(
 
     x [T, B, I], [B, T, I] of a call with batch_first, or packed [rows, I] with batch_sizes; y in
     the layout of x; states [L*D, B, H], None for zeros. All are on the CPU, of the weights' dtype.
+    Raises Misfit if tensors do not fit.
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
-    layout, workers = _Layout(call, x, batch_sizes), threads()
-    given = _rows(x)
+    layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, h_0, c_0, weights))
+    workers, given = threads(), _rows(x)
+    T, B = layout.T, layout.B
     dtype, H = given.dtype, weights[1].shape[1]
-    rows = L * D
-    numbers = kept = tape_numbers(cell, layout.T, layout.B, H, L, D) if keep else 0
-    numbers += layout.T * layout.B * (given.shape[-1] + 2 * D * H)
-    checks.room("input", numbers, given.itemsize)
+    kept = tape_numbers(cell, T, B, H, L, D) if keep else 0
+    checks.room("input", kept + T * B * (given.shape[-1] + 2 * D * H), given.itemsize)
     y = layout.new(D * H, dtype)
-    h_n = np.empty((rows, layout.B, H), dtype)
-    c_n = np.empty((rows, layout.B, H), dtype) if "c" in cell.states else None
+    h_n = np.empty((L * D, B, H), dtype)
+    c_n = np.empty((L * D, B, H), dtype) if "c" in cell.states else None
     flat = tapes = None
     steps = layout.steps(given)
     if keep:
         flat = new_array((kept,), dtype)
         tapes = _tapes(cell, flat, steps, H, L, D, layout.lengths, True)
-    pack = partial(_pack, cell, weights, L, D, FORWARD, workers)
-    stack.forward(
-        cell, pack, L, D, steps, _whole(h_0), _whole(c_0), layout.steps(y), h_n, c_n,
-        layout.lengths, tapes, _dropout(call, seed), workers,
-    )  # fmt: skip
+    states, y_steps = (_whole(h_0), _whole(c_0)), layout.steps(y)
+    if L == 1:
+        packed = _pack(cell, weights, L, D, FORWARD, workers, 0)
+        run_forward(
+            packed, steps, *states, y_steps, h_n, c_n, layout.lengths, False,
+            tapes and tapes[0], workers,
+        )  # fmt: skip
+    else:
+        pack = partial(_pack, cell, weights, L, D, FORWARD, workers)
+        stack.forward(
+            cell, pack, L, D, steps, *states, y_steps, h_n, c_n, layout.lengths, tapes,
+            _dropout(call, seed), workers,
+        )  # fmt: skip
     tensor = torch.from_numpy
     return (
         tensor(y), tensor(h_n), None if c_n is None else tensor(c_n),
@@ -196,18 +326,26 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients by x, h_0, c_0 and each of the weights, or None where not needed.
 
-    `needed` tells of each whether it is; dy, dh_n and dc_n may be None for zeros.
+    `needed` tells of each whether it is; dy, dh_n and dc_n may be None for zeros. Raises Misfit if
+    tensors do not fit.
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
-    layout, workers = _Layout(call, x, batch_sizes), threads()
-    given = _rows(x)
-    dtype, H = given.dtype, weights[1].shape[1]
+    layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, dh_n, dc_n, weights))
+    workers, given = threads(), _rows(x)
+    dtype, I, H = given.dtype, given.shape[-1], weights[1].shape[1]
+    T, B = layout.T, layout.B
+    shape = (*x.shape[:-1], D * H)
+    if dy is not None and not _is(dy, x.dtype, x.device, shape):
+        _refuse("dy", dy, x, shape)
+    numbers = (tape_numbers(cell, T, B, H, L, D),)
+    if not _is(tape, x.dtype, x.device, numbers):
+        _refuse("tape", tape, x, numbers)
+    if len(needed) != 3 + len(weights):
+        checks.fail(Misfit, "needed", f"{len(needed)}", f"{3 + len(weights)}")
     need_x, need_h, need_c = needed[:3]
-    pair = "c" in cell.states
-    states = L * D, layout.B, H
-    dx = layout.new(given.shape[-1], dtype) if need_x else None
-    dh_0 = np.empty(states, dtype) if need_h else None
-    dc_0 = np.empty(states, dtype) if need_c and pair else None
+    dx = layout.new(I, dtype) if need_x else None
+    dh_0 = np.empty((L * D, B, H), dtype) if need_h else None
+    dc_0 = np.empty((L * D, B, H), dtype) if need_c and "c" in cell.states else None
     grads = [
         new_array(tuple(w.shape), dtype) if need else None
         for w, need in zip(weights, needed[3:], strict=True)
@@ -224,7 +362,7 @@ def backward(
     if not (need_x or need_h or need_c):
         lowest = next((n for n, own in enumerate(by_layer) if own), L)
     if lowest < L:
-        flat, steps = _array(tape), layout.steps(given)
+        flat, steps = checks.contiguous(_array(tape)), layout.steps(given)
         stack.backward(
             partial(_pack, cell, weights, L, D, BACKWARD, workers),
             _tapes(cell, flat, steps, H, L, D, layout.lengths, False), D,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .bridge import Call
-from .likeness import DTYPES, Like, autocast, dense
+from .bridge import Call, Misfit, describe
+from .likeness import Like, in_dtype
 
 
 class Cell(Like):
@@ -42,44 +42,23 @@ class Cell(Like):
 
         For the LSTM a state is a pair (h, c); None stands for zeros. dtypes as of `LSTM`.
         """
-        pair = self._cell == "lstm"
-        h = c = None
-        if hx is not None:
-            if pair and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-                self._complain(input, hx)
-            h, c = hx if pair else (hx, None)
-            if not isinstance(h, Tensor) or (pair and not isinstance(c, Tensor)):
-                self._complain(input, hx)
         weights = self._weights()
-        first = weights[0]
+        pair = self._cell == "lstm"
+        if pair and hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            self._complain(Misfit(f"hx: got {describe(hx)}; needs a pair (h, c)"), input, hx)
+        h, c = (None, None) if hx is None else hx if pair else (hx, None)
         if torch.is_autocast_enabled("cpu"):
-            input, h, c = autocast(first.dtype, input, h, c)
-        if not self._fits(input, h, c, first):
-            self._complain(input, None if h is None else (h, c) if pair else h)
+            input, h, c = in_dtype(weights[0].dtype, input, h, c)
         unbatched = input.dim() == 1
-
-        def as_step(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
-            return tensor[None, None] if unbatched else tensor.unsqueeze(0)
-
+        at = (None, None) if unbatched else (None,)
         call = Call(self._cell, 1, 1, False, 0.0)
-        states = as_step(h), as_step(c)
-        _, h, c = ops.run(call, as_step(input), None, *states, None, weights)
-        h, c = (None if s is None else s[0, 0] if unbatched else s.squeeze(0) for s in (h, c))
-        return (h, c) if pair else h
-
-    def _fits(self, x: Tensor, h: Tensor | None, c: Tensor | None, weight: Tensor) -> bool:
-        """Whether the kernels can take a call."""
-        device, dtype = weight.device, weight.dtype
-        if dtype not in DTYPES or device.type not in ("cpu", "meta"):
-            return False
-        if x.dim() not in (1, 2) or x.shape[-1] != self.input_size or not dense(x, device, dtype):
-            return False
-        shape = (*x.shape[:-1], self.hidden_size)
-        if h is not None and (tuple(h.shape) != shape or not dense(h, device, dtype)):
-            return False
-        return c is None or (tuple(c.shape) == shape and dense(c, device, dtype))
+        try:
+            states = (None if s is None else s[at] for s in (h, c))
+            _, h, c = ops.run(call, input[at], None, *states, None, weights)
+        except Misfit as misfit:
+            self._complain(misfit, input, hx)
+        at = (0, 0) if unbatched else (0,)
+        return (h[at], c[at]) if pair else h[at]
 
 
 class RNNCell(Cell):

@@ -32,7 +32,7 @@ def _cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Items
         r, z = torch.sigmoid(ar + br), torch.sigmoid(az + bz)
         n = torch.tanh(an + r * bn)
         return (1 - z) * n + z * h, None
-    return torch.tanh(a + b) if cell == "rnn_tanh" else torch.relu(a + b), None
+    return {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu}[cell](a + b), None
 
 
 def _direction(

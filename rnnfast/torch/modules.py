@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..cells import CELLS
 from . import ops
-from .bridge import Call
-from .likeness import DTYPES, Like, autocast, dense
+from .bridge import Call, Misfit, describe
+from .likeness import Like, in_dtype
 
 CELL_OF_MODE = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
@@ -70,49 +71,44 @@ class Recurrent(Like):
         and the last state, like hx. Computed in the weights' dtype, float32 or float64; under
         autocast, other inputs are converted to it.
         """
-        if isinstance(input, PackedSequence):
-            return self._packed(input, hx)
-        pair = self._cell == "lstm"
-        h_0, c_0 = (None, None) if hx is None else self._states(input, hx, pair)
         weights = self._weights()
-        first = weights[0]
+        packed = isinstance(input, PackedSequence)
+        x = input.data if packed else input
+        pair = self._cell == "lstm"
         if torch.is_autocast_enabled("cpu"):
-            input, h_0, c_0 = autocast(first.dtype, input, h_0, c_0)
-        unbatched = input.dim() == 2
-        if unbatched:
-            input = input.unsqueeze(0 if self.batch_first else 1)
-            h_0 = None if h_0 is None else h_0.unsqueeze(1)
-            c_0 = None if c_0 is None else c_0.unsqueeze(1)
-        B = input.shape[0 if self.batch_first else 1] if input.dim() == 3 else -1
-        if not self._fits(input, h_0, c_0, B, first):
-            self._complain(*self._given(input, h_0, c_0, unbatched))
-        y, h_n, c_n = self._run(input, None, h_0, c_0, weights)
-        if unbatched:
-            y = y.squeeze(0 if self.batch_first else 1)
-            h_n, c_n = h_n.squeeze(1), None if c_n is None else c_n.squeeze(1)
-        return y, (h_n, c_n) if pair else h_n
+            x, *states = in_dtype(weights[0].dtype, x, *(hx if pair and hx is not None else (hx,)))
+            hx = None if hx is None else tuple(states) if pair else states[0]
+        h, c = self._states(input, hx) if hx is not None else (None, None)
+        try:
+            if packed:
+                x, h, c = self._packed(x, input, h, c, weights)
+            elif x.dim() == 2:
+                x, h, c = self._unbatched(x, h, c, weights)
+            else:
+                x, h, c = self._run(x, None, h, c, weights)
+        except Misfit as misfit:
+            self._complain(misfit, input, hx)
+        return x, (h, c) if pair else h
 
-    def _packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        pair = self._cell == "lstm"
-        h_0, c_0 = (None, None) if hx is None else self._states(data, hx, pair)
-        weights = self._weights()
-        first = weights[0]
-        if torch.is_autocast_enabled("cpu"):
-            data, h_0, c_0 = autocast(first.dtype, data, h_0, c_0)
-        B = int(batch_sizes[0])
-        if data.dim() != 2 or not self._fits(data.unsqueeze(0), h_0, c_0, B, first):
-            given = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
-            self._complain(given, self._given(data, h_0, c_0, False)[1])
-        if sorted_indices is not None:
-            h_0 = None if h_0 is None else h_0.index_select(1, sorted_indices)
-            c_0 = None if c_0 is None else c_0.index_select(1, sorted_indices)
-        y, h_n, c_n = self._run(data, batch_sizes, h_0, c_0, weights)
-        if unsorted_indices is not None:
-            h_n = h_n.index_select(1, unsorted_indices)
-            c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
-        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        return output, (h_n, c_n) if pair else h_n
+    def _unbatched(
+        self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        batch = 0 if self.batch_first else 1
+        states = (None if s is None else s.unsqueeze(1) for s in (h, c))
+        y, h, c = self._run(x.unsqueeze(batch), None, *states, weights)
+        return y.squeeze(batch), h.squeeze(1), None if c is None else c.squeeze(1)
+
+    def _packed(
+        self, x: Tensor, input: PackedSequence, h: Tensor | None, c: Tensor | None,
+        weights: list[Tensor],
+    ) -> tuple[PackedSequence, Tensor, Tensor | None]:  # fmt: skip
+        _, batch_sizes, order, back = input
+        if order is not None:
+            h, c = (s if s is None or s.dim() != 3 else s.index_select(1, order) for s in (h, c))
+        y, h, c = self._run(x, batch_sizes, h, c, weights)
+        if back is not None:
+            h, c = h.index_select(1, back), None if c is None else c.index_select(1, back)
+        return PackedSequence(y, batch_sizes, order, back), h, c
 
     def _run(
         self, x: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None,
@@ -126,36 +122,15 @@ class Recurrent(Like):
         call = Call(self._cell, self.num_layers, D, self.batch_first, p)
         return ops.run(call, x, batch_sizes, h_0, c_0, seed, weights)
 
-    def _states(self, input: Any, hx: Any, pair: bool) -> tuple[Any, Any]:
-        """(h, c) or (h, None), each a tensor."""
-        if not pair:
-            if not isinstance(hx, Tensor):
-                self._complain(input, hx)
-            return hx, None
-        good = isinstance(hx, (tuple, list)) and len(hx) == 2
-        if not good or not all(isinstance(state, Tensor) for state in hx):
-            self._complain(input, hx)
-        return hx[0], hx[1]
-
-    def _given(self, input: Tensor, h: Any, c: Any, unbatched: bool) -> tuple[Tensor, Any]:
-        """A call's arguments again, from the parts that were made of them."""
-        if unbatched:
-            input = input.squeeze(0 if self.batch_first else 1)
-            h, c = (None if s is None else s.squeeze(1) for s in (h, c))
-        return input, None if h is None else (h, c) if self._cell == "lstm" else h
-
-    def _fits(self, x: Tensor, h: Tensor | None, c: Tensor | None, B: int, weight: Tensor) -> bool:
-        """Whether the kernels can take a call, judged by what costs little."""
-        device, dtype = weight.device, weight.dtype
-        if dtype not in DTYPES or device.type not in ("cpu", "meta"):
-            return False
-        if x.dim() != 3 or x.shape[2] != self.input_size or not dense(x, device, dtype):
-            return False
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        states = rows, B, self.hidden_size
-        if h is not None and (tuple(h.shape) != states or not dense(h, device, dtype)):
-            return False
-        return c is None or (tuple(c.shape) == states and dense(c, device, dtype))
+    def _states(self, input: Any, hx: Any) -> tuple[Any, Any]:
+        """(h, c), or (h, None) of a cell without c."""
+        given = hx if self._cell == "lstm" else (hx,)
+        needed = len(CELLS[self._cell].states)
+        good = isinstance(given, (tuple, list)) and len(given) == needed
+        if not good or not all(isinstance(state, Tensor) for state in given):
+            needs = "a pair of tensors, (h_0, c_0)" if needed == 2 else "a tensor"
+            self._complain(Misfit(f"hx: got {describe(hx)}; needs {needs}"), input, hx)
+        return given[0], given[1] if needed == 2 else None
 
 
 class RNN(Recurrent):

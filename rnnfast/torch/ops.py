@@ -44,15 +44,13 @@ def forward_op(
 def _(
     x, batch_sizes, h_0, c_0, seed, weights, cell, layers, directions, batch_first, dropout, keep
 ):  # fmt: skip
+    call = Call(cell, layers, directions, batch_first, dropout)
+    T, B = bridge.fit(call, x, batch_sizes, h_0, c_0, weights)
     row, H = CELLS[cell], weights[1].shape[1]
     width = directions * H
-    if batch_sizes is not None:
-        T = batch_sizes.shape[0]
-        B = h_0.shape[1] if h_0 is not None else torch.library.get_ctx().new_dynamic_size()
-        y = x.new_empty((x.shape[0], width))
-    else:
-        B, T = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-        y = x.new_empty((*x.shape[:2], width))
+    if batch_sizes is not None and h_0 is None:  # how many rows, their sizes know alone
+        B = torch.library.get_ctx().new_dynamic_size()
+    y = x.new_empty((*x.shape[:-1], width))
     states = layers * directions, B, H
     numbers = bridge.tape_numbers(row, T, B, H, layers, directions) if keep else 0
     c_n = x.new_empty(states if "c" in row.states else 0)
@@ -218,6 +216,7 @@ def run(
     grad = torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
         if _transformed():
+            bridge.fit(call, x, batch_sizes, h_0, c_0, weights)
             return composition.forward(call, x, batch_sizes, h_0, c_0, seed, weights)
         if _plain(x, h_0, c_0, weights):
             if grad and any(t is not None and t.requires_grad for t in (x, h_0, c_0, *weights)):
