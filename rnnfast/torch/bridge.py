@@ -69,7 +69,7 @@ def _misfit(name: str, value: Any, needs: str) -> NoReturn:
     checks.fail(Misfit, name, describe(value), needs)
 
 
-def _refuse(name: str, tensor: Any, like: Tensor, shape: tuple[int, ...]) -> NoReturn:
+def _refuse(name: str, tensor: Any, like: Tensor, shape: tuple[int, ...] | str) -> NoReturn:
     """Raises what is wrong with a tensor that is not of this shape, and of the kind of `like`."""
     if not isinstance(tensor, Tensor):
         _misfit(name, tensor, "a tensor")
@@ -81,7 +81,7 @@ def _refuse(name: str, tensor: Any, like: Tensor, shape: tuple[int, ...]) -> NoR
         _misfit(name, tensor, "a tensor on the CPU: .cpu() makes one")
     if tensor.device != like.device or tensor.dtype != like.dtype:
         _misfit(name, tensor, f"{like.dtype} on {like.device}, as of the input")
-    _misfit(name, tensor, f"shape {shape}")
+    _misfit(name, tensor, f"shape [{shape}]" if type(shape) is str else f"shape {tuple(shape)}")
 
 
 def _is(tensor: Tensor, dtype: torch.dtype, device: torch.device, shape: tuple) -> bool:
@@ -107,19 +107,21 @@ def fit(
     rnnfast.torch.bridge.Misfit: weight_ih_l0: got torch.float32 tensor of shape (5, 3) on cpu; ...
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
+    dimensions = "T, B, I" if batch_sizes is None else "rows, I"
+    if x.layout is not torch.strided or x.is_nested:  # which may have no shape
+        _refuse("input", x, x, dimensions)
     shape, dtype, device = x.shape, x.dtype, x.device
-    dimensions = 3 if batch_sizes is None else 2
-    if x.layout is not torch.strided or len(shape) != dimensions or dtype not in DTYPES:
-        _refuse("input", x, x, ("T", "B", "I") if dimensions == 3 else ("rows", "I"))
+    if len(shape) != (3 if batch_sizes is None else 2) or dtype not in DTYPES:
+        _refuse("input", x, x, dimensions)
     if device.type not in ("cpu", "meta"):
-        _refuse("input", x, x, tuple(shape))
+        _refuse("input", x, x, dimensions)
     if L < 1 or D not in (1, 2) or len(weights) not in (2 * L * D, 4 * L * D):
         got = f"{len(weights)} of {L} layers in {D} directions"
         checks.fail(Misfit, "weights", got, "2 or 4 for each layer, in 1 or 2 directions")
     each = len(weights) // (L * D)
     H = weights[1].shape[-1] if weights[1].dim() == 2 else 0
     if H < 1 or shape[-1] < 1:
-        _refuse("weight_hh_l0", weights[1], x, ("G*H", "H, at least 1"))
+        _refuse("weight_hh_l0", weights[1], x, "G*H, H, both at least 1")
     rows, I = len(cell.gates) * H, shape[-1]
     shapes = (rows, I), (rows, H), (rows,), (rows,)
     for i, weight in enumerate(weights):
@@ -131,7 +133,8 @@ def fit(
             layer, d = divmod(i // each, D)
             _refuse(f"{PARAMETERS[i % each]}_l{layer}{ENDS[d]}", weight, x, needed)
     if batch_sizes is not None:
-        T, B = batch_sizes.shape[0], h_0.shape[1] if h_0 is not None and h_0.dim() == 3 else -1
+        T, state = batch_sizes.shape[0], c_0 if h_0 is None else h_0
+        B = state.shape[1] if state is not None and state.dim() == 3 else -1
     else:
         B, T = (shape[0], shape[1]) if call.batch_first else (shape[1], shape[0])
     states = L * D, B, H
