@@ -70,8 +70,12 @@ def pack(
     kind: int,
     threads: int,
     plan: int,
+    sizes: tuple[int, int, int] | None = None,
 ) -> Pack:
-    """One (W [GH, I], R [GH, H], b_ih [GH] or None, b_hh [GH] or None) per direction."""
+    """One (W [GH, I], R [GH, H], b_ih [GH] or None, b_hh [GH] or None) per direction.
+
+    With sizes = I, H and the bytes of a number, also the addresses of these, as int.
+    """
 
 def forward(
     pack: Pack,

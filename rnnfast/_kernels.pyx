@@ -239,6 +239,9 @@ cdef int take(Views *views, object array, int flags, void **out) except -1:
     if array is None:
         out[0] = NULL
         return 0
+    if type(array) is int:
+        out[0] = <void *><uintptr_t>array
+        return 0
     PyObject_GetBuffer(array, &views.view[views.n], PyBUF_STRIDES | flags)
     out[0] = views.view[views.n].buf
     views.n += 1
@@ -408,7 +411,7 @@ cdef class Pack:
         return self.shape.directions
 
 
-def pack(int cell, tuple weights, int kind, int threads, int plan):
+def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=None):
     cdef Pack self = Pack.__new__(Pack)
     cdef Views views
     cdef rf_weights w[2]
@@ -418,14 +421,17 @@ def pack(int cell, tuple weights, int kind, int threads, int plan):
     cdef char *at
     begin(&views)
     try:
+        if sizes is not None:
+            self.shape.I, self.shape.H, size = sizes
+            self.kernels = current[size == 8]
         for d in range(len(weights)):
             W, R, b_ih, b_hh = weights[d]
             take(&views, W, 0, &w[d].W)
-            if d == 0:
+            take(&views, R, 0, &w[d].R)
+            if d == 0 and sizes is None:
                 self.kernels = current[views.view[0].itemsize == 8]
                 self.shape.I = views.view[0].shape[1]
-            take(&views, R, 0, &w[d].R)
-            self.shape.H = views.view[views.n - 1].shape[1]
+                self.shape.H = views.view[1].shape[1]
             take(&views, b_ih, 0, &w[d].b_ih)
             take(&views, b_hh, 0, &w[d].b_hh)
         self.shape.cell = cell
