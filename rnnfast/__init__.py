@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from . import functional
+from .checkpoints import load_torch
 from .config import get_num_threads, isa, set_num_threads, show_config
 from .modules import GRU, LSTM, RNN, Stream, load
 from .storage import DamagedFileError
@@ -31,6 +32,7 @@ __all__ = [
     "get_num_threads",
     "isa",
     "load",
+    "load_torch",
     "set_num_threads",
     "show_config",
 ]

@@ -1,30 +1,36 @@
 """Files of named arrays with a header: NumPy's `.npz`, written whole or not at all.
 
-Knows bytes, zip members and `.npy` headers; nothing of modules, whose arguments are a header here.
+Knows bytes, zip members and `.npy` headers; nothing of modules, whose arguments are a header here,
+nor of the formats of others, which `checkpoints` reads with what it shares with these files.
 Reading trusts nothing: it runs no code of the file's (no pickle) and reads at most its size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from zipfile import ZipFile
+
 HEADER = "rnnfast"  # the member that holds the header: JSON in UTF-8, as an array of bytes
 FORMAT = 1
+SAVED = "a file that rnnfast has saved"
 
 
 class DamagedFileError(ValueError):
-    """A file that is not what `save` wrote; the message names the path and the damage."""
+    """A file that is not what `load` or `load_torch` reads; the message names path and damage."""
 
 
-def damaged(path: str, damage: str) -> NoReturn:
+def damaged(path: str, damage: str, needs: str = SAVED) -> NoReturn:
     """Raises DamagedFileError in its one form."""
     damage = damage if len(damage) <= 300 else damage[:300] + "..."
-    raise DamagedFileError(f"{path}: got {damage}; needs a file that rnnfast has saved")
+    raise DamagedFileError(f"{path}: got {damage}; needs {needs}")
 
 
 def write(path: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -81,18 +87,14 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     Raises OSError if it cannot be read, DamagedFileError if it is not what `write` makes.
     """
-    import io
     import json
-    import zipfile
 
-    data = _whole(path)
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = _members(path, archive, len(data))
-    except (MemoryError, KeyboardInterrupt, DamagedFileError):
-        raise
-    except Exception as error:  # zipfile meets damage with exceptions of many kinds
-        damaged(path, f"no readable .npz file ({type(error).__name__}: {error})")
+    data = whole(path)
+    with unzipped(path, data, ".npz file") as archive:
+        members = {
+            name.removesuffix(".npy"): _array(path, name, member)
+            for name, member in stored(path, archive, len(data)).items()
+        }
     if HEADER not in members:
         damaged(path, f"no entry {HEADER!r}")
     text = members.pop(HEADER)
@@ -108,43 +110,62 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return header, members
 
 
-def _whole(path: str) -> bytes:
+def whole(path: str, needs: str = SAVED) -> bytes:
+    """The bytes of a regular file: OSError if it cannot be read, DamagedFileError if it is none."""
     # Without waiting: a pipe has no end, and may have no beginning.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "something else"
-            damaged(path, f"{kind} where a regular file belongs")
+            damaged(path, f"{kind} where a regular file belongs", needs)
     except BaseException:
         os.close(descriptor)
         raise
     with os.fdopen(descriptor, "rb") as file:
         data = file.read(status.st_size)
     if len(data) != status.st_size:
-        damaged(path, f"{len(data)} of its {status.st_size} bytes")
+        damaged(path, f"{len(data)} of its {status.st_size} bytes", needs)
     return data
 
 
-def _members(path: str, archive: Any, size: int) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
+@contextlib.contextmanager
+def unzipped(path: str, data: bytes, kind: str, needs: str = SAVED) -> Iterator[ZipFile]:
+    """The zip archive that `data` is; what fails within the `with` is damage of the file's."""
+    import io
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            yield archive
+    except (MemoryError, DamagedFileError):
+        raise
+    except Exception as error:  # zipfile meets damage with exceptions of many kinds
+        damaged(path, f"no readable {kind} ({type(error).__name__}: {error})", needs)
+
+
+def stored(path: str, archive: ZipFile, size: int, needs: str = SAVED) -> dict[str, bytes]:
+    """The members of an archive of `size` bytes, which have no more bytes together."""
+    members: dict[str, bytes] = {}
     total = 0
     for info in archive.infolist():
-        name = info.filename.removesuffix(".npy")
-        if name in arrays or name == info.filename:
-            damaged(path, f"entry {info.filename!r} twice, or not an array")
+        name = info.filename
+        if name in members:
+            damaged(path, f"entry {name!r} twice", needs)
         # Stored as it is, so that no entry can grow, and none may be counted twice.
         total += info.file_size
         if info.compress_type != 0 or info.compress_size != info.file_size or total > size:
-            damaged(path, f"entry {info.filename!r} is compressed, or larger than the file")
-        arrays[name] = _array(path, info.filename, archive.read(info))  # checks the CRC
-    return arrays
+            damaged(path, f"entry {name!r} is compressed, or larger than the file", needs)
+        members[name] = archive.read(info)  # checks the CRC
+    return members
 
 
 def _array(path: str, name: str, data: bytes) -> np.ndarray:
     """One member, its declared shape and dtype held against the bytes that there are."""
     import io
 
+    if not name.endswith(".npy"):
+        damaged(path, f"entry {name!r}, which is no array")
     file = io.BytesIO(data)
     npy = np.lib.format
     version = npy.read_magic(file)
