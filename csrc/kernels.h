@@ -41,8 +41,8 @@ typedef struct {
 } rf_shape;
 
 /* A sequence [T, B, N] as a base and two strides in elements; the last stride is 1. Or packed: the
- * rows that run at step 0, those that run at step 1, and so on, one after the other and `row` apart,
- * without padding; row b must be no longer than row b - 1, and not all equally long. */
+ * rows that run at step 0, those that run at step 1, and so on, one after the other and `row`
+ * apart, without padding; row b must be no longer than row b - 1, and not all equally long. */
 typedef struct {
     void *data; /* NULL: absent */
     ptrdiff_t step, row;

@@ -1,5 +1,6 @@
 /* pool.c: the workers, the barrier, and the floating-point mode they run in.
- * Knows POSIX threads and C11 atomics; nothing of what the workers compute.
+ * Knows POSIX threads, C11 atomics and how GNU OpenMP starts a region; nothing of what the workers
+ * compute.
  * Leaves to its callers how many workers a call deserves, and which part is whose. */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* sched_getaffinity */
@@ -10,6 +11,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdalign.h>
 #include <stdatomic.h>
@@ -178,6 +180,9 @@ static struct {
     void *arg;
     rf_team team;
     gate start[MAX_WORKERS];
+    rf_host_threads host; /* whose threads are the workers; all NULL: our own */
+    atomic_uint regions;  /* of the host's, whose team has its size */
+    jmp_buf out;          /* of a region of the host's, for a child that forked in it */
 } pool;
 
 static const gate closed_gate = GATE_INITIALIZER;
@@ -238,6 +243,8 @@ static void after_fork_in_child(void) {
     pool.workers = 1;
     pool.team.size = 1;
     pool.team.passed = closed_gate;
+    pool.host =
+        (rf_host_threads){NULL, NULL, NULL}; /* its threads have gone, and it may not know */
     atomic_store(&pool.busy, 0);
 }
 
@@ -256,6 +263,48 @@ static int run_alone(void (*work)(void *arg, rf_team *team, int worker), void *a
     return 1;
 }
 
+void rf_pool_use(const rf_host_threads *host) {
+    int idle = 0;
+    if (!atomic_compare_exchange_strong(&pool.busy, &idle, 1)) return;
+    pool.host = *host;
+    pool.cores = rf_cpu_count();
+    atomic_store(&pool.busy, 0);
+}
+
+/* One thread of the host's in a region of ours. How many there are, it decides as it starts them.
+ */
+static void host_worker(void *before) {
+    const unsigned region = *(const unsigned *)before + 1;
+    const unsigned forks = pool.forks;
+    const int worker = pool.host.thread();
+    rf_team *const team = &pool.team;
+    if (worker == 0) {
+        team->size = pool.host.threads();
+        team->spin_ns = team->size <= pool.cores ? SPIN_NS : 0;
+        atomic_store_explicit(&team->missing, team->size, memory_order_relaxed);
+        atomic_store_explicit(&pool.regions, region, memory_order_release);
+    }
+    while (atomic_load_explicit(&pool.regions, memory_order_acquire) != region) sched_yield();
+    const fp_mode mode = fp_get();
+    if (worker == 0) team->host_mode = mode;
+    fp_set(FP_KERNEL);
+    pool.work(pool.arg, team, worker);
+    fp_set(worker == 0 ? team->host_mode : mode);
+    /* In a child, which has no other workers, the host would wait for them to its end. */
+    if (worker == 0 && pool.forks != forks) longjmp(pool.out, 1);
+}
+
+/* A region on the host's threads; returns as rf_pool_run. */
+static int run_on_host(int threads) {
+    const unsigned before = atomic_load_explicit(&pool.regions, memory_order_relaxed);
+    if (setjmp(pool.out)) return 0;
+    pool.host.parallel(host_worker, (void *)&before, (unsigned)threads, 0);
+    const int ran = pool.team.size;
+    pool.team.size = 1;
+    atomic_store_explicit(&pool.busy, 0, memory_order_release);
+    return ran;
+}
+
 int rf_pool_run(int threads, void (*work)(void *arg, rf_team *team, int worker), void *arg) {
     if (threads <= 1 || !pool.usable) return run_alone(work, arg);
     int idle = 0;
@@ -264,6 +313,11 @@ int rf_pool_run(int threads, void (*work)(void *arg, rf_team *team, int worker),
         return run_alone(work, arg);
 
     if (threads > MAX_WORKERS) threads = MAX_WORKERS;
+    if (pool.host.parallel) {
+        pool.work = work;
+        pool.arg = arg;
+        return run_on_host(threads);
+    }
     if (threads > pool.workers) grow(threads);
     if (threads > pool.workers) threads = pool.workers;
     if (threads == 1) {

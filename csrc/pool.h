@@ -24,6 +24,19 @@ void rf_team_barrier(rf_team *team);
  * the host (a poll that runs Python's signal handlers) must see it; returns its answer. */
 int rf_team_call_host(rf_team *team, int (*call)(void *), void *context);
 
+/* Another runtime's threads, as GNU OpenMP's, and whoever speaks its language, starts and counts
+ * them: GOMP_parallel, omp_get_thread_num and omp_get_num_threads. */
+typedef struct {
+    void (*parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+    int (*thread)(void);
+    int (*threads)(void);
+} rf_host_threads;
+
+/* From now on regions run on the host's threads, until a fork, or on our own if all are NULL. In a
+ * program whose other parts compute with such threads, these spin between their regions, and would
+ * fight with ours for the cores. Does nothing while a region runs. */
+void rf_pool_use(const rf_host_threads *host);
+
 /* A pause of a thread that spins, some 10 to 50 ns. */
 static inline void rf_relax(void) {
 #if defined(__x86_64__)

@@ -19,6 +19,10 @@ def set_isa(name: str) -> bool:
 def cpu_count() -> int:
     """Cores this process may run on (its affinity mask)."""
 
+def use_threads(parallel: int, thread: int, threads: int) -> None:
+    """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads, whose threads are to
+    be the workers; three zeros: our own are again."""
+
 class Memory:
     """Bytes that arrays may lie in, 64-byte aligned, any contents; offers a writable buffer.
 

@@ -62,6 +62,11 @@ cdef extern from "memory.h":
 
 cdef extern from "pool.h":
     int rf_cpu_count()
+    ctypedef struct rf_host_threads:
+        void (*parallel)(void (*)(void *) noexcept, void *, unsigned, unsigned) noexcept
+        int (*thread)() noexcept
+        int (*threads)() noexcept
+    void rf_pool_use(const rf_host_threads *)
 
 
 cdef extern from "progress.h":
@@ -211,6 +216,14 @@ def set_isa(str name):
 
 def cpu_count():
     return rf_cpu_count()
+
+
+def use_threads(uintptr_t parallel, uintptr_t thread, uintptr_t threads):
+    cdef rf_host_threads host
+    (<uintptr_t *>&host.parallel)[0] = parallel
+    (<uintptr_t *>&host.thread)[0] = thread
+    (<uintptr_t *>&host.threads)[0] = threads
+    rf_pool_use(&host)
 
 
 cdef int poll(void *context) noexcept with gil:

@@ -13,5 +13,8 @@ except ModuleNotFoundError as error:
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import Conversion, convert
 from .modules import GRU, LSTM, RNN
+from .threads import share_threads as _share_threads
+
+_share_threads()
 
 __all__ = ["GRU", "LSTM", "RNN", "Conversion", "GRUCell", "LSTMCell", "RNNCell", "convert"]

@@ -25,9 +25,9 @@ from .. import _kernels, checks, config, stack
 from ..cells import CELLS, PARAMETERS, Cell
 from ..functional import BACKWARD, FORWARD, Sequence, Tape, as_steps, new_array, run_forward
 from ..parameters import ENDS
+from .threads import call_threads
 
 DTYPES = torch.float32, torch.float64
-LINE = 16  # numbers: each array of a flat tape begins at a cache line, or two
 
 
 class Misfit(ValueError, RuntimeError):
@@ -42,11 +42,6 @@ class Call(NamedTuple):
     D: int
     batch_first: bool
     dropout: float  # between layers: 0 where it does not act
-
-
-def threads() -> int:
-    """How many threads a call may use: as many as PyTorch, unless rnnfast was told a number."""
-    return config.threads if config.told else min(torch.get_num_threads(), checks.MAX_THREADS)
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -241,28 +236,20 @@ def _pack(
 
 def tape_numbers(cell: Cell, T: Any, B: Any, H: int, L: int, D: int) -> Any:
     """Length of the flat tape of a call; T and B may be symbols of the compiler's."""
-    states = len(cell.states) * _whole_lines(D * (T + 1) * B * H)
-    gates = _whole_lines(D * T * B * len(cell.tape_gates) * H)
-    return L * (states + gates) + (L - 1) * _whole_lines(T * B * D * H)
-
-
-def _whole_lines(numbers: Any) -> Any:
-    return (numbers + LINE - 1) // LINE * LINE
+    states = len(cell.states) * D * (T + 1) * B * H
+    gates = D * T * B * len(cell.tape_gates) * H
+    return L * (states + gates) + (L - 1) * T * B * D * H
 
 
 def _tapes(
-    cell: Cell, flat: np.ndarray, x: Sequence, H: int, L: int, D: int, lengths: np.ndarray | None,
-    fresh: bool,
-) -> list[Tape]:  # fmt: skip
-    """The layers' tapes, in pieces of a flat one; `fresh`: what lies between pieces is cleared."""
-    at = 0
+    cell: Cell, flat: np.ndarray, x: Sequence, H: int, L: int, D: int, lengths: np.ndarray | None
+) -> list[Tape]:
+    """The layers' tapes, in pieces of a flat one."""
+    end = 0
 
     def piece(shape: tuple[int, ...]) -> np.ndarray:
-        nonlocal at
-        start, end = at, at + math.prod(shape)
-        at = _whole_lines(end)
-        if fresh and end < at:  # an operator's results have no random numbers
-            flat[end:at] = 0
+        nonlocal end
+        start, end = end, end + math.prod(shape)
         return flat[start:end].reshape(shape)
 
     return stack.new_tapes(cell, x, H, L, D, lengths, None, piece)
@@ -289,7 +276,7 @@ def forward(
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
     layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, h_0, c_0, weights))
-    workers, given = threads(), _rows(x)
+    workers, given = call_threads(), _rows(x)
     T, B = layout.T, layout.B
     dtype, H = given.dtype, weights[1].shape[1]
     kept = tape_numbers(cell, T, B, H, L, D) if keep else 0
@@ -301,7 +288,7 @@ def forward(
     steps = layout.steps(given)
     if keep:
         flat = new_array((kept,), dtype)
-        tapes = _tapes(cell, flat, steps, H, L, D, layout.lengths, True)
+        tapes = _tapes(cell, flat, steps, H, L, D, layout.lengths)
     states, y_steps = (_whole(h_0), _whole(c_0)), layout.steps(y)
     if L == 1:
         packed = _pack(cell, weights, L, D, FORWARD, workers, 0)
@@ -334,7 +321,7 @@ def backward(
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
     layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, dh_n, dc_n, weights))
-    workers, given = threads(), _rows(x)
+    workers, given = call_threads(), _rows(x)
     dtype, I, H = given.dtype, given.shape[-1], weights[1].shape[1]
     T, B = layout.T, layout.B
     shape = (*x.shape[:-1], D * H)
@@ -368,7 +355,7 @@ def backward(
         flat, steps = checks.contiguous(_array(tape)), layout.steps(given)
         stack.backward(
             partial(_pack, cell, weights, L, D, BACKWARD, workers),
-            _tapes(cell, flat, steps, H, L, D, layout.lengths, False), D,
+            _tapes(cell, flat, steps, H, L, D, layout.lengths), D,
             None if dy is None else layout.steps(_rows(dy)), _whole(dh_n), _whole(dc_n),
             None if dx is None else layout.steps(dx), dh_0, dc_0, by_layer,
             _dropout(call, seed), workers, lowest,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import stack
 from ..cells import CELLS
-from .bridge import Call, threads
+from .bridge import Call
+from .threads import call_threads
 
 
 def _cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Items[Tensor]) -> tuple:
@@ -97,7 +98,7 @@ def _dropped(call: Call, seed: Tensor, layer: int, steps: list[Tensor]) -> list[
     dtype = np.float64 if steps[0].dtype == torch.float64 else np.float32
     mask = np.empty((T, B, N), dtype)
     dropout = stack.Dropout(call.dropout, int(seed), 0)
-    dropout.apply(layer, np.ones((T, B, N), dtype), mask, threads())
+    dropout.apply(layer, np.ones((T, B, N), dtype), mask, call_threads())
     masks = torch.from_numpy(mask)
     return [y * masks[t, : y.shape[0]] for t, y in enumerate(steps)]
 
