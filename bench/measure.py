@@ -35,9 +35,10 @@ import numpy as np
 import rnnfast
 
 from .. import reference
+from . import models
 from .figures import summary
-from .libraries import BANDWIDTH, OURS, PEAK, Results, library, named
-from .shapes import Shape, problem
+from .libraries import BANDWIDTH, DROP_IN, OURS, PEAK, Results, library, named
+from .shapes import MODEL_MODES, Shape, problem
 
 PAIRS = 30  # rounds, if the time is not up before
 GAP = 0.02  # s between two turns, after the one before has settled
@@ -74,6 +75,8 @@ def expected(shape: Shape, mode: str, seed: int = SEED) -> Results:
     >>> sorted(expected(shape_of("gru-i3-h5-b2-t7"), "inference"))
     ['h_n', 'y']
     """
+    if mode in MODEL_MODES:
+        return models.expected(shape, mode, seed)
     given = problem(shape, seed)
 
     def exact(array: np.ndarray) -> np.ndarray:
@@ -127,23 +130,25 @@ def check(got: Results, want: Results, dtype: str, times: float = 1) -> float:
 class Worker:
     """A library's process, to be used in a `with` statement; see `worker` for what it understands.
 
-    `about` has its versions; it is None, and `missing` says why, if the library is not here. isa:
-    None, or "avx2", beyond which the library is not to go.
+    `library` is the name that its results go by. `about` has its versions; it is None, and
+    `missing` says why, if the library is not here. isa: None, or "avx2", beyond which the library
+    is not to go.
     """
 
     def __init__(
         self, name: str, threads: int, isa: str | None = None, patience: float = PATIENCE
     ) -> None:
-        self.library, self.threads, self.patience = name, threads, patience
-        self._isa = isa
+        self.library = OURS if name == DROP_IN else name
+        self.threads, self.patience = threads, patience
+        self._runs, self._isa = name, isa
         self._process: subprocess.Popen[str] | None = None
         self._start()
 
     def _start(self) -> None:
         # -P: the installed package, also in a folder that has sources of it.
         module = "rnnfast.bench.worker"
-        command = [sys.executable, "-P", "-m", module, self.library, str(self.threads)]
-        told = library(self.library).environment(self.threads, self._isa)
+        command = [sys.executable, "-P", "-m", module, self._runs, str(self.threads)]
+        told = library(self._runs).environment(self.threads, self._isa)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

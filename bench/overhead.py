@@ -1,12 +1,14 @@
 """What a call costs beside its arithmetic: import, size on disk, a small call, a step of a stream.
 
-Knows the public API. Results are checked against `rnnfast.reference` before they are timed. Leaves
-large shapes and other libraries to `layers`. Run as `python -m rnnfast.bench.overhead`.
+Knows the public API, and where PyTorch is installed, what it takes to call the drop-in, and what
+autograd takes of that. Results are checked against `rnnfast.reference` before they are timed.
+Leaves large shapes and other libraries to `layers`. Run as `python -m rnnfast.bench.overhead`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
@@ -21,6 +23,7 @@ import numpy as np
 
 import rnnfast
 
+from .. import functional, reference
 from .libraries import Results
 from .measure import check, expected, machine
 from .report import Table, show, write
@@ -81,6 +84,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     }
     for name in STREAMS:
         found.update(_stream_calls(shape_of(name)))
+    if importlib.util.find_spec("torch"):
+        found.update(_torch_calls(shape))
     return found
 
 
@@ -104,6 +109,73 @@ def _stream_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
 
 def _step(step: Callable, x: np.ndarray, out: np.ndarray | None) -> Callable[[], Any]:
     return (lambda: step(x)) if out is None else (lambda: step(x, out))
+
+
+def _torch_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
+    """The functional call, the drop-in's, and what PyTorch alone takes of the latter.
+
+    Each as a forward pass that can be followed by a backward pass, and with that, to the weights.
+    """
+    import torch
+
+    import rnnfast.torch
+
+    given = problem(shape, 0)
+    weights = tuple(given.weights.values())
+    layer = rnnfast.torch.LSTM(shape.I, shape.H)
+    layer.load_state_dict({name: torch.from_numpy(w) for name, w in given.weights.items()})
+    parameters = tuple(layer.parameters())
+    x, dy = torch.from_numpy(given.x), torch.from_numpy(given.dy)
+    need = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+    def forward() -> tuple:
+        return functional.lstm_forward(given.x, None, weights, train=True)
+
+    def forward_backward() -> tuple:
+        y, _, tape = forward()
+        grads = functional.lstm_backward(tape, weights, given.dy, None, need=need)
+        return y, grads.weights
+
+    def drop_in() -> tuple:
+        y, _ = layer(x)
+        return y, torch.autograd.grad(y, parameters, dy)
+
+    class Nothing(torch.autograd.Function):
+        """With as many inputs and outputs as the drop-in's; it saves the weights alone."""
+
+        @staticmethod
+        def forward(ctx, call, x, batch_sizes, h_0, c_0, seed, *weights):
+            ctx.save_for_backward(*weights)
+            ctx.set_materialize_grads(False)
+            return torch.empty(dy.shape), torch.empty(0), torch.empty(0)
+
+        @staticmethod
+        def backward(ctx, dy, dh_n, dc_n):
+            return None, None, None, None, None, None, *ctx.saved_tensors
+
+    def nothing() -> tuple:
+        return Nothing.apply(None, x, None, None, None, None, *parameters)
+
+    def nothing_backward() -> tuple:
+        return torch.autograd.grad(nothing()[0], parameters, dy)
+
+    exact = {name: array.astype(np.float64) for name, array in given.weights.items()}
+    y, _, tapes = reference.stack_forward(shape.cell, given.x, None, exact)
+    grads = reference.stack_backward(shape.cell, tapes, exact, given.dy, None)
+    want = {"y": y, **{f"d{name}": grads[name] for name in exact}}
+    for call in (forward_backward, drop_in):
+        y, grads = call()
+        grads = {f"d{name}": np.asarray(g) for name, g in zip(exact, grads, strict=True)}
+        check({"y": y if type(y) is np.ndarray else y.detach().numpy(), **grads}, want, shape.dtype)
+    name = f"{{}}, {SMALL}".format
+    return {
+        name("functional.lstm_forward(train=True)"): forward,
+        name("the same and lstm_backward"): forward_backward,
+        name("rnnfast.torch.LSTM(x)"): lambda: layer(x),
+        name("the same and autograd.grad"): drop_in,
+        name("an autograd.Function of nothing"): nothing,
+        name("an autograd.Function of nothing and autograd.grad"): nothing_backward,
+    }
 
 
 def call_seconds(

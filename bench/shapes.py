@@ -16,6 +16,11 @@ from ..parameters import parameter_shapes, size
 
 # One call is: a pass over the sequence; that and all gradients; T calls, one for each step.
 MODES = ("inference", "training", "stream")
+# Of a model of PyTorch's around the layer (see `models`) one call is: a step of training, optimiser
+# and all; the same of the compiled model; a pass from tokens to scores.
+MODEL_MODES = ("step", "step-compiled", "predict")
+TRAINING = ("training", "step", "step-compiled")
+VOCABULARY = 96  # of the models: the printable characters of ASCII, and a line's end
 NAME = re.compile(r"([a-z_]+)-i(\d+)-h(\d+)-b(\d+)-t(\d+)(?:-l(\d+))?(-bi)?(-uneven)?(-float64)?")
 
 
@@ -83,14 +88,17 @@ class Shape:
     def operations(self, mode: str) -> int:
         """Multiplications and additions of the products over the rows' valid steps.
 
-        2·T·B·G·H·(I+H) for one layer in one direction; three times that for training.
+        2·T·B·G·H·(I+H) for one layer in one direction; three times that for training. Of a model,
+        the linear layer's as well.
 
         >>> Shape("gru", T=1, B=1, I=2, H=3).operations("training")
         270
         """
         steps = self.T * self.B if self.lengths is None else int(self.lengths.sum())
-        forward = 2 * steps * (self.numbers("weight_ih") + self.numbers("weight_hh"))
-        return 3 * forward if mode == "training" else forward
+        numbers = self.numbers("weight_ih") + self.numbers("weight_hh")
+        if mode in MODEL_MODES:
+            numbers += self.directions * self.H * VOCABULARY
+        return 2 * steps * numbers * (3 if mode in TRAINING else 1)
 
     def bytes_read(self, mode: str) -> int:
         """Bytes of the matrices that a serial walk has to read again at every step.
@@ -102,7 +110,7 @@ class Shape:
         720
         """
         numbers = self.numbers("weight_hh")
-        if mode == "training":
+        if mode in TRAINING:
             numbers *= 2
         elif mode == "stream":
             numbers += self.numbers("weight_ih")
@@ -204,6 +212,15 @@ SUITES: dict[str, Suite] = {
         ),
         all_threads=True,
     ),
+    "torch": Suite(
+        (
+            Shape("lstm", 100, 32, 128, 128, layers=2, stands_for="character model"),
+            Shape("lstm", 100, 32, 128, 128, layers=2, uneven=True, stands_for="sentences"),
+            Shape("gru", 100, 32, 128, 128, layers=2, stands_for="character model, another cell"),
+            Shape("rnn_tanh", 100, 32, 128, 128, layers=2, stands_for="the same, plain cell"),
+        ),
+        modes=MODEL_MODES,
+    ),
 }
 
 
@@ -262,12 +279,18 @@ def problem(shape: Shape, seed: int) -> Problem:
 
     x, dy = normal(T, B, I), normal(T, B, D * H)
     state = tuple(0.5 * normal(shape.layers * D, B, H) for _ in CELLS[shape.cell].states)
-    weights = {
-        name: random.uniform(-1, 1, sizes).astype(shape.dtype) / np.sqrt(H, dtype=shape.dtype)
-        for name, sizes in shape.parameters.items()
-    }
+    weights = layer_weights(shape, random)
     lengths = shape.lengths
     if lengths is not None:
         padding = np.arange(T)[:, None] >= lengths
         x[padding] = dy[padding] = 0
     return Problem(x, dy, state, lengths, weights)
+
+
+def layer_weights(shape: Shape, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random weights of the layers, by PyTorch's names, as large as PyTorch's are at first."""
+    dtype = shape.dtype
+    return {
+        name: random.uniform(-1, 1, sizes).astype(dtype) / np.sqrt(shape.H, dtype=dtype)
+        for name, sizes in shape.parameters.items()
+    }

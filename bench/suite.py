@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,10 @@ import rnnfast
 
 from .. import checks
 from .compare import compared, key
-from .libraries import BANDWIDTH, OURS, PEAK, PEERS, library
+from .libraries import BANDWIDTH, DROP_IN, OURS, PEAK, PEERS, library
 from .measure import PAIRS, PATIENCE, Failed, Worker, machine, measure
 from .report import BUSY, Found, about, markdown, read, rounded, show, tables, to_json, write
-from .shapes import MODES, SUITES, Shape, shape_of
+from .shapes import MODEL_MODES, MODES, SUITES, Shape, shape_of
 
 LIMIT = 60.0  # s that the rounds of one row may take
 MACHINE = ("cpu", "cores", "system", "isa", "python", "numpy", "rnnfast")  # of runs that are one
@@ -36,13 +36,13 @@ class Job(NamedTuple):
 
 
 class Crew:
-    """The workers of a run: one for each library and number of threads, started when asked for."""
+    """The workers of a run: one for each library and number of threads, started when needed."""
 
     def __init__(self, peers: list[str], isa: str | None, patience: float) -> None:
         self.peers, self.isa, self.patience = peers, isa, patience
         self.missing: dict[str, str] = {}
         self.about: dict[str, dict[str, str]] = {}
-        self._workers: dict[int, list[Worker]] = {}
+        self._workers: dict[tuple[str, int], Worker] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Crew:
@@ -51,32 +51,36 @@ class Crew:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def of(self, threads: int, one_row: bool) -> list[Worker]:
-        """Those that have so many threads; the caches' only if it is about one row of a batch.
+    def of(self, job: Job) -> list[Worker]:
+        """Those that are asked for this row; the caches' only if it is about one row of a batch.
 
         Raises ValueError if this library does not start.
         """
-        if threads not in self._workers:
-            self._workers[threads] = list(self._started(threads))
-        return [w for w in self._workers[threads] if one_row or w.library != BANDWIDTH]
+        names = (OURS, DROP_IN, *self.peers, PEAK, *[BANDWIDTH] * (job.shape.B == 1))
+        asked = (name for name in names if job.mode in library(name).modes)
+        return [w for name in asked if (w := self._worker(name, job.threads)) is not None]
 
-    def _started(self, threads: int) -> Iterator[Worker]:
-        for name in (OURS, *self.peers, PEAK, BANDWIDTH):
-            if name in self.missing:
-                continue
-            try:
-                worker = Worker(name, threads, self.isa, self.patience)
-            except Failed as reason:
-                if name == OURS:
-                    raise ValueError(f"{reason}, as it said above") from None
-                self.missing[name] = str(reason)
-                continue
-            self._stack.enter_context(worker)
-            if worker.about is None:
-                self.missing[name] = worker.missing
-                continue
-            self.about.setdefault(name, worker.about)
-            yield worker
+    def _worker(self, name: str, threads: int) -> Worker | None:
+        """Of a library with so many threads; None if it is missing."""
+        if name in self.missing or (name, threads) in self._workers:
+            return self._workers.get((name, threads))
+        needed = name in (OURS, DROP_IN)
+        try:
+            worker = Worker(name, threads, self.isa, self.patience)
+        except Failed as reason:
+            if needed:
+                raise ValueError(f"{reason}, as it said above") from None
+            self.missing[name] = str(reason)
+            return None
+        self._stack.enter_context(worker)
+        if worker.about is None:
+            if needed:
+                raise ValueError(worker.missing)
+            self.missing[name] = worker.missing
+            return None
+        self.about.setdefault(name, worker.about)
+        self._workers[name, threads] = worker
+        return worker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     shapes = "instead: CELL-iI-hH-bB-tT[-lL][-bi][-uneven][-float64] ..."
     add("--shapes", nargs="+", metavar="SHAPE", type=_argument(shape_of), help=shapes)
-    add("--modes", nargs="+", choices=MODES, help="default: as the suite says")
+    modes = (*MODES, *MODEL_MODES)
+    add("--modes", nargs="+", choices=modes, help="default: as the suite says")
     add(
         "--threads", nargs="+", metavar="N", type=_argument(_threads),
         help="default: 1 and 2; of the suite threads 1, 2, 4, ... up to all cores",
@@ -189,11 +194,12 @@ def begun(args: argparse.Namespace, crew: Crew) -> Found:
 
 def measured(found: Found, work: list[Job], crew: Crew, args: argparse.Namespace) -> None:
     """Adds rows to `found`, and writes it after each; a disturbed row is measured once more."""
-    for number, (shape, mode, threads) in enumerate(work, 1):
+    for number, job in enumerate(work, 1):
+        shape, mode, threads = job
         threads_text = f"{threads} thread{'s' * (threads > 1)}"
         what = f"[{number}/{len(work)}] {shape.name} {mode}, {threads_text}"
         print(what, file=sys.stderr, flush=True)
-        workers = crew.of(threads, shape.B == 1)
+        workers = crew.of(job)
         row = measure(shape, mode, workers, args.seconds)
         if (row["others"] or 0) > BUSY:
             print(f"others had {row['others']} cores: once more", file=sys.stderr, flush=True)

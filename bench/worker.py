@@ -32,7 +32,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from .libraries import Library, library
-from .shapes import problem, shape_of
+from .models import text
+from .shapes import MODEL_MODES, problem, shape_of
 
 SHORT = 0.02  # s: a call that takes longer wakes the threads for itself
 LOOK = 0.005  # s between two looks at whether the threads still spin
@@ -150,7 +151,7 @@ class Server:
     def _prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         self._call = None  # lest the last shape's call be timed for one that failed
         shape, mode = shape_of(request["shape"]), request["mode"]
-        given = problem(shape, request["seed"])
+        given = (text if mode in MODEL_MODES else problem)(shape, request["seed"])
         memory, clock = Memory(), time.perf_counter
         began = clock()
         call, arrays = self.runner.prepare(shape, mode, given)

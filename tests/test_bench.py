@@ -21,9 +21,9 @@ import tolerances
 
 import rnnfast.bench
 from rnnfast import cli
-from rnnfast.bench import compare, figures, measure, overhead, report, suite, worker
-from rnnfast.bench.libraries import BANDWIDTH, OURS, PEAK, PEERS, library, machine
-from rnnfast.bench.shapes import MODES, SUITES, problem, shape_of
+from rnnfast.bench import compare, figures, measure, models, overhead, report, suite, worker
+from rnnfast.bench.libraries import BANDWIDTH, DROP_IN, OURS, PEAK, PEERS, library, machine
+from rnnfast.bench.shapes import MODEL_MODES, MODES, SUITES, problem, shape_of
 from rnnfast.cells import CELLS
 
 TINY = "lstm-i3-h5-b2-t7"
@@ -74,6 +74,8 @@ def test_what_a_shape_counts():
     assert even.bytes_read("inference") == 8 * 4 * 5 * 5 * 4
     assert even.bytes_read("stream") == 8 * 4 * 5 * (3 + 5) * 4
     assert shape_of("lstm-i3-h5-b4-t8-float64").slice_bytes(2) == 4 * 5 * 5 * 8 / 2
+    assert even.operations("predict") == even.operations("inference") + 2 * 8 * 4 * 5 * 96
+    assert even.operations("step") == 3 * even.operations("predict")
 
 
 def test_padding_is_given_as_zeros():
@@ -81,6 +83,14 @@ def test_padding_is_given_as_zeros():
     for row, length in enumerate(given.lengths):
         assert given.x[:length, row].all() and not given.x[length:, row].any()
         assert given.dy[:length, row].all() and not given.dy[length:, row].any()
+
+
+def test_text_past_a_row_s_length_is_told_apart():
+    given = models.text(shape_of("lstm-i3-h5-b4-t8-uneven"), 0)
+    for row, length in enumerate(given.lengths):
+        assert (given.targets[row, :length] >= 0).all()
+        assert (given.targets[row, length:] == models.PADDING).all()
+        assert not given.tokens[row, length:].any()
 
 
 # --------------------------------------------------------------------------- checks before times
@@ -200,6 +210,70 @@ def test_a_library_is_right_or_says_that_it_cannot(workers, name, cell, structur
         else:
             assert row["left_out"] == {}
             assert 0 <= row["error_over_bound"][name] <= 1
+
+
+@pytest.mark.parametrize("structure", ["", "-uneven", "-l2", "-l2-bi-uneven", "-float64"])
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "gru_reset_before"])
+@pytest.mark.parametrize("name", [DROP_IN, "torch"])
+def test_a_model_is_that_of_the_reference(workers, name, cell, structure):
+    shape = shape_of(f"{cell}-i3-h5-b4-t6{structure}")
+    for mode in ("step", "predict"):
+        row = measure.measure(shape, mode, [workers(name)], pairs=1)
+        assert row["left_out"] == {}
+        assert 0 <= row["error_over_bound"][OURS if name == DROP_IN else name] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["", "-uneven"])
+@pytest.mark.parametrize("name", [DROP_IN, "torch"])
+def test_a_compiled_model_is_that_of_the_reference(workers, name, structure):
+    shape = shape_of(f"lstm-i3-h5-b4-t6{structure}")
+    row = measure.measure(shape, "step-compiled", [workers(name)], pairs=1)
+    assert row["left_out"] == {} and row["results"]
+
+
+def test_the_loss_of_a_model_has_the_gradients_that_are_expected():
+    """By finite differences, one number of each parameter; uneven, so that padding is in it."""
+    shape, eps = shape_of("gru-i3-h5-b4-t6-l2-uneven-float64"), 1e-5
+    given = models.text(shape, 0)
+    want = models.expected(shape, "step", 0)
+
+    def loss(name, by):
+        given.weights[name].flat[2] += by
+        try:
+            return models.expected(shape, "step", 0)["loss"]
+        finally:
+            given.weights[name].flat[2] -= by
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "text", lambda shape, seed: given)
+        for name in given.weights:
+            slope = (loss(name, eps) - loss(name, -eps)) / (2 * eps)
+            assert slope == pytest.approx(want[f"d{name}"].flat[2], rel=1e-6, abs=1e-10), name
+
+
+def test_who_is_asked_for_a_row():
+    """The drop-in for models, in the place of ours; nobody else is even started."""
+    started = []
+
+    class Started(measure.Worker):
+        def _start(self):
+            self.about = {}
+            started.append(self._runs)
+
+    def of(name, mode):
+        started.clear()
+        with pytest.MonkeyPatch.context() as patch, suite.Crew(list(PEERS), None, 1.0) as crew:
+            patch.setattr(suite, "Worker", Started)
+            workers = crew.of(suite.Job(shape_of(name), mode, 1))
+            assert crew.of(suite.Job(shape_of(name), mode, 1)) == workers  # the same ones
+        return [w.library for w in workers]
+
+    assert of(TINY, "training") == [OURS, *PEERS, PEAK]
+    for mode in MODEL_MODES:
+        assert of(TINY, mode) == [OURS, "torch", PEAK]
+        assert started == [DROP_IN, "torch", PEAK]
+        assert of("lstm-i3-h5-b1-t7", mode) == [OURS, "torch", PEAK, BANDWIDTH]
 
 
 @pytest.mark.parametrize(("spins", "slept"), [(0, 0.005), (0.03, 0.035), (9, worker.SETTLED)])
@@ -468,6 +542,30 @@ def test_a_stream_from_end_to_end(tmp_path):
     assert 0 < ours["read_share"] < 1 < row["results"][BANDWIDTH]["gbytes"]
 
 
+def test_models_from_end_to_end(tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "found.json"
+    arguments = ["--shapes", "lstm-i3-h5-b4-t7-uneven", "--modes", "step", "predict"]
+    assert bench(*arguments, "--threads", 1, "--seconds", 0, "--json", path) == 0
+    found = report.read(path)
+    assert list(found["peers"]) == ["torch"] and found["missing"] == {}
+    assert [row["mode"] for row in found["rows"]] == ["step", "predict"]
+    for row in found["rows"]:
+        assert set(row["results"]) == {OURS, PEAK, "torch"}
+        assert row["error_over_bound"].keys() == {OURS, "torch"}
+        assert 0 < row["results"]["torch"]["ratio"]
+
+
+def test_models_need_pytorch(monkeypatch, capsys):
+    class Missing(measure.Worker):
+        def _start(self):
+            self.about, self.missing = None, "rnnfast.torch: needs PyTorch"
+
+    monkeypatch.setattr(suite, "Worker", Missing)
+    assert bench("--suite", "torch", "--threads", 1) == 2
+    assert "rnnfast.torch: needs PyTorch" in capsys.readouterr().err
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """A function that makes `measure` give these rows, or raise these errors, one by one."""
@@ -482,7 +580,7 @@ def scripted(monkeypatch):
             return row | {"shape": shape.name, "mode": mode}
 
         monkeypatch.setattr(suite, "measure", measured)
-        monkeypatch.setattr(suite.Crew, "of", lambda self, threads, one_row: [])
+        monkeypatch.setattr(suite.Crew, "of", lambda self, job: [])
 
     return script
 
@@ -547,7 +645,7 @@ def test_isa_is_asked_of_the_kernels_too(tmp_path):
 def test_a_suite_without_this_library_is_none(capfd):
     with suite.Crew([], "nonsense", 60.0) as crew:
         with pytest.raises(ValueError, match="the worker of rnnfast ended with code 1, as it said"):
-            crew.of(1, False)
+            crew.of(suite.Job(shape_of(TINY), "inference", 1))
     assert "RNNFAST_ISA: got 'nonsense'" in capfd.readouterr().err
 
 
@@ -584,6 +682,7 @@ def test_suites_ask_for_their_modes_and_threads(monkeypatch):
     assert len(asked()) == 18 * 2 * 2
     assert {job.threads for job in asked("--suite", "threads")} == {1, 2, 4, 6}
     assert {job.mode for job in asked("--suite", "stream", "--threads", "3")} == {"stream"}
+    assert {job.mode for job in asked("--suite", "torch")} == set(MODEL_MODES)
     assert len(asked("--suite", "layers", "layers")) == 18 * 2 * 2
 
 
@@ -697,5 +796,8 @@ def test_overhead_from_end_to_end(tmp_path, capfd):
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["bytes"]["installed package"] > 10_000
     assert all(seconds[0] > 0 for seconds in found["imports"].values())
+    assert any("rnnfast.torch" in name for name in found["calls"]) == bool(
+        importlib.util.find_spec("torch")
+    )
     table = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 1 + len(found["imports"]) + len(found["calls"])

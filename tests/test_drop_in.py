@@ -7,6 +7,7 @@ in float64 on the same float32 numbers.
 import copy
 import io
 import itertools
+import os
 import pickle
 import random
 import shutil
@@ -612,6 +613,58 @@ if __name__ == "__main__":
         assert torch.equal(y, want) and threads == 1, threads
     print("equal")
 """
+
+
+FORKS = """
+import os, signal, torch, rnnfast.torch
+torch.set_num_threads(2)
+lstm, x, pids = rnnfast.torch.LSTM(128, 128), torch.randn(400, 32, 128), []
+with torch.no_grad():
+    want = lstm(x)[0]
+    signal.signal(signal.SIGALRM, lambda *_: pids.append(os.fork()))
+    for _ in range(100):
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        try:
+            y, child = lstm(x)[0], False
+        except OSError:  # a call that forked in its midst has no result in the child
+            y, child = lstm(x)[0], True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert torch.equal(y, want)
+        if pids and pids[-1] == 0:
+            os._exit(0 if child else 1)
+        if pids:
+            assert os.waitpid(pids[-1], 0)[1] == 0
+            break
+print("equal")
+"""
+
+
+def test_forked_in_the_midst_of_a_call():
+    """By a signal's handler; the child has none of the OpenMP threads that the call ran on."""
+    run = subprocess.run(
+        [sys.executable, "-c", FORKS], capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert run.stdout == "equal\n", run.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries are found by /proc")
+def test_kernels_run_on_pytorchs_threads():
+    """No thread of our own is made beside them."""
+    code = (
+        "import os, torch, rnnfast.torch\n"
+        "torch.set_num_threads(2)\n"
+        "torch.randn(2000, 2000) @ torch.randn(2000, 2000)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "rnnfast.torch.LSTM(256, 256)(torch.randn(50, 32, 256))\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    for own, new in (("", "0\n"), ("1", "1\n")):
+        environment = {**os.environ, "RNNFAST_OWN_THREADS": own}
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120,
+            env=environment,
+        )  # fmt: skip
+        assert run.stdout == new, run.stderr
 
 
 def test_in_workers_of_a_data_loader(tmp_path):

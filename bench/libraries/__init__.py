@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..shapes import Problem, Shape
+from ..models import Text
+from ..shapes import MODES, Problem, Shape
 
 OURS, PEAK, BANDWIDTH = "rnnfast", "peak", "bandwidth"
+DROP_IN = "rnnfast.torch"  # this library within PyTorch's models; its results go by OURS
 
 Results = dict[str, np.ndarray]
 Prepared = tuple[Callable[[], Any], Callable[[Any], Results]]
@@ -25,11 +27,12 @@ class Library:
     """A library at its best setting, in a process of its own.
 
     `environment` is asked before the process starts, and so of the class; an ImportError of the
-    constructor says that the library is missing. `about` has versions. `holds_isa`: whether
-    `environment` can keep it from instructions beyond AVX2.
+    constructor says that the library is missing. `about` has versions. `modes`: what it is asked
+    for. `holds_isa`: whether `environment` can keep it from instructions beyond AVX2.
     """
 
     about: dict[str, str]
+    modes: tuple[str, ...] = MODES
     holds_isa = True
 
     @staticmethod
@@ -40,11 +43,12 @@ class Library:
     def __init__(self, threads: int) -> None:
         raise NotImplementedError
 
-    def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
+    def prepare(self, shape: Shape, mode: str, given: Problem | Text) -> Prepared:
         """One call, to be timed, and what makes arrays of its value.
 
         The arrays are y, h_n and c_n, shaped as PyTorch's; for training also dx, dh_0, dc_0, and
-        d + each parameter's name. They may be read until the next call. A stream goes on where its
+        d + each parameter's name; of a model, for which a Text is given, those of
+        `models.expected`. They may be read until the next call. A stream goes on where its
         last call ended. Raises NotImplementedError, with the reason, for what the library has not.
         """
         raise NotImplementedError
@@ -60,10 +64,11 @@ _PLACES = {
     "jax": "jax_scan:Jax",
     "tensorflow": "keras_layer:TensorFlow",
     "numpy": "plain_numpy:PlainNumPy",
+    DROP_IN: "pytorch:DropIn",
     PEAK: "machine:Peak",
     BANDWIDTH: "machine:Bandwidth",
 }
-PEERS = tuple(name for name in _PLACES if name not in (OURS, PEAK, BANDWIDTH))
+PEERS = tuple(name for name in _PLACES if name not in (OURS, DROP_IN, PEAK, BANDWIDTH))
 
 
 def library(name: str) -> type[Library]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ..shapes import Problem, Shape
+import numpy as np
+
+from ..shapes import MODEL_MODES, MODES, Problem, Shape
 from . import Library, Prepared
 from .ours import Ours
 
@@ -20,6 +22,7 @@ class Peak(Library):
     """As many multiply-adds as the registers take; its value is operations."""
 
     environment = Ours.environment
+    modes = MODES + MODEL_MODES
 
     def __init__(self, threads: int) -> None:
         from rnnfast import _kernels, isa
@@ -28,7 +31,7 @@ class Peak(Library):
         self.about = {"isa": isa()}
 
     def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
-        dtype = given.x.dtype.char
+        dtype = np.dtype(shape.dtype).char
         return _long_enough(lambda rounds: self.measure(dtype, rounds, self.threads))
 
 
@@ -36,6 +39,7 @@ class Bandwidth(Library):
     """Reading a thread's slice of R again and again; its value is bytes."""
 
     environment = Ours.environment
+    modes = MODES + MODEL_MODES
 
     def __init__(self, threads: int) -> None:
         from rnnfast import _kernels, isa

@@ -1,15 +1,17 @@
-"""PyTorch: its layers as they are, and compiled.
+"""PyTorch: its layers as they are, and compiled; models with its layers, or with the drop-in.
 
-Knows torch.nn. Uneven lengths go by way of a PackedSequence, padded again at the end.
+Knows torch.nn and rnnfast.torch. Uneven lengths go by way of a PackedSequence, padded again at the
+end.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..shapes import Problem, Shape
+from ..models import PADDING, Text
+from ..shapes import MODEL_MODES, MODES, VOCABULARY, Problem, Shape
 from . import Library, Prepared, named
-from .ours import CLASSES
+from .ours import CLASSES, Ours
 
 # Training is compiled one step after the other: some two seconds for each step of each layer.
 COMPILED_STEPS = 16
@@ -17,6 +19,8 @@ COMPILED_STEPS = 16
 
 class PyTorch(Library):
     """PyTorch at its best: inference_mode for inference; for training no gradient to add to."""
+
+    modes = MODES + MODEL_MODES
 
     @staticmethod
     def environment(threads: int, isa: str | None) -> dict[str, str]:
@@ -26,28 +30,36 @@ class PyTorch(Library):
             "MKL_ENABLE_INSTRUCTIONS": "AVX2",
             "MKL_CBWR": "AVX2",
         }
-        return {"OMP_NUM_THREADS": str(threads), **(held if isa else {})}
+        return {
+            "OMP_NUM_THREADS": str(threads),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no processes beside the one that is timed
+            **(held if isa else {}),
+        }
 
     def __init__(self, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.library = torch
+        self.library, self.layers = torch, torch.nn
         self.about = {"torch": torch.__version__}
 
     def made(self, module: Any, shape: Shape, mode: str) -> Any:
         """What is called, of a layer."""
         return module
 
-    def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
+    def _layer(self, shape: Shape, **others: Any) -> Any:
         if shape.cell == "gru_reset_before":
             raise NotImplementedError("no GRU with the reset before the product")
-        torch = self.library
         kind, arguments = CLASSES[shape.cell]
-        layer = getattr(torch.nn, kind)(
+        return getattr(self.layers, kind)(
             shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2,
-            dtype=getattr(torch, shape.dtype), **arguments,
+            dtype=getattr(self.library, shape.dtype), **arguments, **others,
         )  # fmt: skip
+
+    def prepare(self, shape: Shape, mode: str, given: Problem | Text) -> Prepared:
+        torch, layer = self.library, self._layer(shape, batch_first=mode in MODEL_MODES)
+        if mode in MODEL_MODES:
+            return _model(torch, layer, shape, mode, given)
         layer.load_state_dict({name: torch.from_numpy(w) for name, w in given.weights.items()})
         module = self.made(layer, shape, mode)
         x, dy = torch.from_numpy(given.x), torch.from_numpy(given.dy)
@@ -114,10 +126,7 @@ class PyTorch(Library):
 class Compiled(PyTorch):
     """`torch.compile` of the whole layer; without `allow_rnn` it would leave the layer as it is."""
 
-    @staticmethod
-    def environment(threads: int, isa: str | None) -> dict[str, str]:
-        alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes beside the one that is timed
-        return PyTorch.environment(threads, isa) | alone
+    modes = MODES
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -135,3 +144,79 @@ class Compiled(PyTorch):
             raise NotImplementedError("torch.compile takes no PackedSequence")
         self.library._dynamo.reset()  # else it gives up after a few shapes
         return self.library.compile(module, fullgraph=True, dynamic=False)
+
+
+class DropIn(PyTorch):
+    """This library in the place of PyTorch's layers, with as many threads as PyTorch has."""
+
+    modes = MODEL_MODES
+
+    @staticmethod
+    def environment(threads: int, isa: str | None) -> dict[str, str]:
+        return PyTorch.environment(threads, isa) | Ours.environment(threads, isa)
+
+    def __init__(self, threads: int) -> None:
+        import rnnfast.torch
+
+        super().__init__(threads)
+        self.layers = rnnfast.torch
+        self.about |= {"rnnfast": rnnfast.__version__, "isa": rnnfast.isa()}
+
+
+def _model(torch: Any, layer: Any, shape: Shape, mode: str, given: Text) -> Prepared:
+    """A call of the model around a layer, written as its users would."""
+    nn, rnn = torch.nn, torch.nn.utils.rnn
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, shape.I)
+            self.layer = layer
+            self.linear = nn.Linear(shape.directions * shape.H, VOCABULARY)
+
+        def forward(self, tokens: Any, lengths: Any = None) -> Any:
+            x = self.embedding(tokens)
+            if lengths is None:
+                y, _ = self.layer(x)
+            else:
+                packed = rnn.pack_padded_sequence(
+                    x, lengths, batch_first=True, enforce_sorted=False
+                )
+                packed, _ = self.layer(packed)
+                y, _ = rnn.pad_packed_sequence(packed, batch_first=True)
+            return self.linear(y)
+
+    plain = Model().to(getattr(torch, shape.dtype))
+    plain.load_state_dict({name: torch.from_numpy(w) for name, w in given.weights.items()})
+    model = plain
+    if mode == "step-compiled":
+        torch._dynamo.reset()  # else it gives up after a few shapes
+        model = torch.compile(plain)
+    tokens, targets = torch.from_numpy(given.tokens), torch.from_numpy(given.targets)
+    inputs = (tokens,) if given.lengths is None else (tokens, torch.from_numpy(given.lengths))
+    if mode == "predict":
+        plain.eval()
+
+        def predict() -> Any:
+            with torch.inference_mode():
+                return model(*inputs)
+
+        return predict, lambda y: {"y": y.transpose(0, 1).numpy()}
+
+    optimiser = torch.optim.Adam(plain.parameters())
+
+    def step() -> Any:
+        optimiser.zero_grad()
+        scores = model(*inputs)
+        loss = nn.functional.cross_entropy(
+            scores.reshape(-1, VOCABULARY), targets.reshape(-1), ignore_index=PADDING
+        )
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    def arrays(loss: Any) -> dict:
+        grads = {f"d{name}": p.grad.numpy() for name, p in plain.named_parameters()}
+        return {"loss": loss.numpy(), **grads}
+
+    return step, arrays
