@@ -220,9 +220,9 @@ def cpu_count():
 
 def use_threads(uintptr_t parallel, uintptr_t thread, uintptr_t threads):
     cdef rf_host_threads host
-    (<uintptr_t *>&host.parallel)[0] = parallel
-    (<uintptr_t *>&host.thread)[0] = thread
-    (<uintptr_t *>&host.threads)[0] = threads
+    memcpy(<void *>&host.parallel, &parallel, sizeof(parallel))
+    memcpy(<void *>&host.thread, &thread, sizeof(thread))
+    memcpy(<void *>&host.threads, &threads, sizeof(threads))
     rf_pool_use(&host)
 
 

@@ -515,6 +515,72 @@ def test_transforms_of_torch_func():
     assert torch.allclose(batched, ours(x)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own use
+def test_transforms_around_a_backward_pass_alone():
+    ours, theirs = pair("LSTM", 3, 4, dtype=torch.float64)
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    batch = torch.randn(4, 3, 2, 4, dtype=torch.float64)
+    found = []
+    for module in (ours, theirs):
+        y = module(x)[0]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(batch[0], batch[1])
+            (dx,) = torch.autograd.grad(y, x, dual, retain_graph=True)
+            tangent = forward_ad.unpack_dual(dx).tangent
+        each = torch.vmap(lambda g, y=y: torch.autograd.grad(y, x, g, retain_graph=True)[0])(batch)
+        found.append((tangent, each))
+    for got, want in zip(*found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_attributes_that_are_assigned_later():
+    """What torch.nn reads at each call, we do, too."""
+    cells = [module.RNNCell(3, 4) for module in (drop_in, nn)]
+    cells[0].load_state_dict(cells[1].state_dict())
+    x = torch.randn(5, 3)
+    for cell in cells:
+        cell.nonlinearity = "relu"
+    assert torch.allclose(cells[0](x), cells[1](x), atol=1e-6)
+    lstm = drop_in.LSTM(3, 4, num_layers=2, dropout=0.5)
+    for bad in (1.5, -0.5, float("nan")):
+        lstm.dropout = bad
+        with pytest.raises((ValueError, RuntimeError), match="dropout"):
+            lstm(torch.ones(5, 2, 3))
+    lstm.dropout = 0.5
+    with torch.device("meta"):  # the default device of what is made, not of what is there
+        assert lstm(torch.ones(5, 2, 3, device="cpu"))[0].device.type == "cpu"
+    lstm.batch_first = True
+    assert lstm(torch.ones(2, 5, 3))[1][0].shape == (2, 2, 4)
+
+
+def test_parameters_swapped_by_a_signals_handler():
+    """A handler that changes dtypes in the midst of calls: each result is right, or an error."""
+    code = (
+        "import signal, time, torch, rnnfast.torch\n"
+        "m, x = rnnfast.torch.LSTM(64, 128, 4), torch.randn(30, 16, 64)\n"
+        "want = m(x)[0].detach()\n"
+        "signal.signal(signal.SIGALRM, lambda *_: m.double())\n"
+        "ended, right, wrong = time.monotonic() + 5, 0, 0\n"
+        "while time.monotonic() < ended:\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.0001 + 0.002 * (right % 10) / 10)\n"
+        "    try:\n"
+        "        with torch.no_grad():\n"
+        "            y = m(x)[0]\n"
+        "        assert torch.equal(y, want)\n"
+        "        right += 1\n"
+        "    except (RuntimeError, ValueError):\n"
+        "        wrong += 1\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "    m.float()\n"
+        "assert right, (right, wrong)\n"
+        "print('whole')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert run.stdout == "whole\n", (run.returncode, run.stderr)
+
+
 def test_functional_call_parametrisation_and_checkpoint():
     module = drop_in.LSTM(3, 5)
     x = torch.randn(4, 2, 3, requires_grad=True)

@@ -106,6 +106,8 @@ def fit(
     if x.layout is not torch.strided or x.is_nested:  # which may have no shape
         _refuse("input", x, x, dimensions)
     shape, dtype, device = x.shape, x.dtype, x.device
+    if not 0 <= call.dropout <= 1:  # a NaN is not
+        checks.fail(Misfit, "dropout", str(call.dropout), "a probability, in [0, 1]")
     if len(shape) != (3 if batch_sizes is None else 2) or dtype not in DTYPES:
         _refuse("input", x, x, dimensions)
     if device.type not in ("cpu", "meta"):
@@ -139,7 +141,7 @@ def fit(
     return T, B
 
 
-def _packed_rows(batch_sizes: np.ndarray, rows: int, B: int) -> int:
+def packed_rows(batch_sizes: np.ndarray, rows: int, B: int) -> int:
     """B of packed rows; raises Misfit for sizes that no PackedSequence has, or of another B."""
     if batch_sizes.ndim != 1 or batch_sizes.dtype != np.int64 or batch_sizes.size == 0:
         got = checks.describe(batch_sizes)
@@ -166,9 +168,9 @@ class _Layout:
         self.T, self.B = T, B
         if batch_sizes is None:
             return
-        sizes = batch_sizes.numpy()
+        sizes = batch_sizes.numpy().copy()  # before it is judged
         self.packed = x.shape[0]
-        self.B = B = _packed_rows(sizes, self.packed, B)
+        self.B = B = packed_rows(sizes, self.packed, B)
         if sizes[-1] < B:
             sizes = sizes.astype(checks.INTP, copy=False)
             self.starts = np.cumsum(sizes) - sizes
@@ -192,10 +194,16 @@ class _Layout:
         return _kernels.Packed(array, self.starts, shape)
 
 
+def held(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same memory, sizes and dtypes, whatever becomes of the caller's tensors.
+
+    Another thread, or a signal's handler, may give a parameter other memory while we compute.
+    """
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
+
+
 def _array(tensor: Tensor) -> np.ndarray:
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    return tensor.detach().numpy()
+    return (tensor.resolve_neg() if tensor.is_neg() else tensor).numpy()
 
 
 def _rows(tensor: Tensor) -> np.ndarray:
@@ -220,7 +228,7 @@ def _pack(
     for weight in own:
         address = weight.data_ptr()
         if address % itemsize or not weight.is_contiguous() or weight.is_neg():
-            copies.append(weight.detach().clone(memory_format=torch.contiguous_format))
+            copies.append(weight.clone(memory_format=torch.contiguous_format))
             address = copies[-1].data_ptr()
         at.append(address)
     if each == 2:
@@ -275,6 +283,7 @@ def forward(
     Raises Misfit if tensors do not fit.
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
+    x, h_0, c_0, *weights = held(x, h_0, c_0, *weights)
     layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, h_0, c_0, weights))
     workers, given = call_threads(), _rows(x)
     T, B = layout.T, layout.B
@@ -320,6 +329,7 @@ def backward(
     tensors do not fit.
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
+    x, dy, dh_n, dc_n, tape, *weights = held(x, dy, dh_n, dc_n, tape, *weights)
     layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, dh_n, dc_n, weights))
     workers, given = call_threads(), _rows(x)
     dtype, I, H = given.dtype, given.shape[-1], weights[1].shape[1]

@@ -29,7 +29,8 @@ class Cell(Like):
     reset_parameters = nn.RNNCellBase.reset_parameters
     extra_repr = nn.RNNCellBase.extra_repr
 
-    def _cell_of(self) -> str:
+    @property
+    def _cell(self) -> str:
         if self._theirs is nn.RNNCell:
             return f"rnn_{self.nonlinearity}"
         return {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}[self._theirs]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import stack
 from ..cells import CELLS
-from .bridge import Call
+from .bridge import Call, packed_rows
 from .threads import call_threads
 
 
@@ -61,6 +61,8 @@ def forward(
     each = len(weights) // (L * D)
     H = weights[1].shape[1]
     B = int(batch_sizes[0]) if batch_sizes is not None else x.shape[0 if call.batch_first else 1]
+    if batch_sizes is not None:
+        packed_rows(batch_sizes.numpy(), x.shape[0], B)
     if h_0 is None:
         h_0 = x.new_zeros((L * D, B, H))
     if c_0 is None and "c" in CELLS[call.cell].states:
@@ -101,6 +103,30 @@ def _dropped(call: Call, seed: Tensor, layer: int, steps: list[Tensor]) -> list[
     dropout.apply(layer, np.ones((T, B, N), dtype), mask, call_threads())
     masks = torch.from_numpy(mask)
     return [y * masks[t, : y.shape[0]] for t, y in enumerate(steps)]
+
+
+def backward(
+    call: Call, needed: Items[bool], dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None,
+    x: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None,
+    seed: Tensor | None, weights: Items[Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of `bridge.backward`, where a transform wants to see how they come about."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        primal = [_leaf(t) for t in (x, h_0, c_0, *weights)]
+        results = forward(call, primal[0], batch_sizes, primal[1], primal[2], seed, primal[3:])
+        pairs = [(r, u) for r, u in zip(results, (dy, dh_n, dc_n), strict=True) if u is not None]
+        wanted = [p for p, need in zip(primal, needed, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in pairs],
+                wanted,
+                [u for _, u in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+    return [next(found) if need else None for need in needed]
 
 
 def backward_of_backward(

@@ -45,11 +45,11 @@ class Like(nn.Module):
 
     def _prepare(self) -> None:
         """Notes what every call needs, once attributes and parameters are there."""
-        self._cell = self._cell_of()
         self._names = [name for name, p in self._parameters.items() if p is not None]
 
-    def _cell_of(self) -> str:
-        """The name of the cell in `rnnfast.cells`."""
+    @property
+    def _cell(self) -> str:
+        """The name of the cell in `rnnfast.cells`; attributes that decide it can be assigned to."""
         raise NotImplementedError
 
     def _weights(self) -> list[Tensor]:

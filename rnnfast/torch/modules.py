@@ -43,7 +43,8 @@ class Recurrent(Like):
     reset_parameters = nn.RNNBase.reset_parameters
     extra_repr = nn.RNNBase.extra_repr
 
-    def _cell_of(self) -> str:
+    @property
+    def _cell(self) -> str:
         return CELL_OF_MODE[self.mode]
 
     def _arguments(self) -> dict[str, Any]:
@@ -75,10 +76,9 @@ class Recurrent(Like):
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         pair = self._cell == "lstm"
-        if torch.is_autocast_enabled("cpu"):
-            x, *states = in_dtype(weights[0].dtype, x, *(hx if pair and hx is not None else (hx,)))
-            hx = None if hx is None else tuple(states) if pair else states[0]
         h, c = self._states(input, hx) if hx is not None else (None, None)
+        if torch.is_autocast_enabled("cpu"):
+            x, h, c = in_dtype(weights[0].dtype, x, h, c)
         try:
             if packed:
                 x, h, c = self._packed(x, input, h, c, weights)
@@ -117,7 +117,8 @@ class Recurrent(Like):
         p, seed = 0.0, None
         if self.training and self.dropout and self.num_layers > 1:
             # From PyTorch's generator, so that its seed decides the masks.
-            p, seed = self.dropout, torch.randint(2**63 - 1, ())
+            device = "meta" if x.is_meta else "cpu"  # not the default one
+            p, seed = self.dropout, torch.randint(2**63 - 1, (), device=device)
         D = 2 if self.bidirectional else 1
         call = Call(self._cell, self.num_layers, D, self.batch_first, p)
         return ops.run(call, x, batch_sizes, h_0, c_0, seed, weights)

@@ -145,7 +145,11 @@ class _Forward(torch.autograd.Function):
         x, batch_sizes, h_0, c_0, seed, tape, *weights = ctx.saved_tensors
         _, by_x, _, by_h, by_c, _, *by_weights = ctx.needs_input_grad
         needed = [by_x, by_h, by_c, *by_weights]
-        if torch.is_grad_enabled():  # create_graph
+        if _transformed():
+            grads = composition.backward(
+                ctx.call, needed, dy, dh_n, dc_n, x, batch_sizes, h_0, c_0, seed, weights
+            )
+        elif torch.is_grad_enabled():  # create_graph
             grads = _Backward.apply(
                 ctx.call, needed, dy, dh_n, dc_n, x, batch_sizes, h_0, c_0, seed, tape, *weights
             )
