@@ -432,7 +432,9 @@ def test_compiled_as_users_do():
     model = nn.Sequential(nn.Linear(5, 5), drop_in.GRU(5, 7))
     x = torch.randn(4, 3, 5)
     want = model(x)[0]
-    with warnings.catch_warnings():
+    # Without its cache on the disk, which knows an operator by its name alone.
+    config_of_compiler = torch._inductor.config.patch(force_disable_caches=True)
+    with warnings.catch_warnings(), config_of_compiler:
         warnings.simplefilter("ignore")  # PyTorch's own, of its compiler
         got = torch.compile(model, fullgraph=True)(x)[0]
         got.sum().backward()
@@ -691,13 +693,15 @@ with torch.no_grad():
     for _ in range(100):
         signal.setitimer(signal.ITIMER_REAL, 0.01)
         try:
-            y, child = lstm(x)[0], False
+            y = lstm(x)[0]
         except OSError:  # a call that forked in its midst has no result in the child
-            y, child = lstm(x)[0], True
+            y = lstm(x)[0]
         signal.setitimer(signal.ITIMER_REAL, 0)
-        assert torch.equal(y, want)
+        # By NumPy: PyTorch's own operations hang in a child that forked after threads were used.
+        right = (y.numpy() == want.numpy()).all()
         if pids and pids[-1] == 0:
-            os._exit(0 if child else 1)
+            os._exit(0 if right else 1)
+        assert right
         if pids:
             assert os.waitpid(pids[-1], 0)[1] == 0
             break
