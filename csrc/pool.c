@@ -263,12 +263,13 @@ static int run_alone(void (*work)(void *arg, rf_team *team, int worker), void *a
     return 1;
 }
 
-void rf_pool_use(const rf_host_threads *host) {
+int rf_pool_use(const rf_host_threads *host) {
     int idle = 0;
-    if (!atomic_compare_exchange_strong(&pool.busy, &idle, 1)) return;
+    if (!atomic_compare_exchange_strong(&pool.busy, &idle, 1)) return 0;
     pool.host = *host;
     pool.cores = rf_cpu_count();
     atomic_store(&pool.busy, 0);
+    return 1;
 }
 
 /* One thread of the host's in a region of ours. How many there are, it decides as it starts them.

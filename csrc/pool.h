@@ -34,8 +34,8 @@ typedef struct {
 
 /* From now on regions run on the host's threads, until a fork, or on our own if all are NULL. In a
  * program whose other parts compute with such threads, these spin between their regions, and would
- * fight with ours for the cores. Does nothing while a region runs. */
-void rf_pool_use(const rf_host_threads *host);
+ * fight with ours for the cores. Returns 0, with nothing done, while a region runs. */
+int rf_pool_use(const rf_host_threads *host);
 
 /* A pause of a thread that spins, some 10 to 50 ns. */
 static inline void rf_relax(void) {

@@ -19,9 +19,9 @@ def set_isa(name: str) -> bool:
 def cpu_count() -> int:
     """Cores this process may run on (its affinity mask)."""
 
-def use_threads(parallel: int, thread: int, threads: int) -> None:
+def use_threads(parallel: int, thread: int, threads: int) -> bool:
     """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads, whose threads are to
-    be the workers; three zeros: our own are again."""
+    be the workers; three zeros: our own are again. False, with nothing done, during a call."""
 
 class Memory:
     """Bytes that arrays may lie in, 64-byte aligned, any contents; offers a writable buffer.

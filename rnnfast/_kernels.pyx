@@ -66,7 +66,7 @@ cdef extern from "pool.h":
         void (*parallel)(void (*)(void *) noexcept, void *, unsigned, unsigned) noexcept
         int (*thread)() noexcept
         int (*threads)() noexcept
-    void rf_pool_use(const rf_host_threads *)
+    int rf_pool_use(const rf_host_threads *)
 
 
 cdef extern from "progress.h":
@@ -223,7 +223,7 @@ def use_threads(uintptr_t parallel, uintptr_t thread, uintptr_t threads):
     memcpy(<void *>&host.parallel, &parallel, sizeof(parallel))
     memcpy(<void *>&host.thread, &thread, sizeof(thread))
     memcpy(<void *>&host.threads, &threads, sizeof(threads))
-    rf_pool_use(&host)
+    return rf_pool_use(&host) != 0
 
 
 cdef int poll(void *context) noexcept with gil:
@@ -248,7 +248,8 @@ cdef inline void begin(Views *views) noexcept nogil:
 
 
 cdef int take(Views *views, object array, int flags, void **out) except -1:
-    """Address of an array, or NULL for None; its buffer stays taken until `release`."""
+    """Address of an array, whose buffer stays taken until `release`; NULL for None, and an int is
+    an address itself, of what the caller keeps."""
     if array is None:
         out[0] = NULL
         return 0

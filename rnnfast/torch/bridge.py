@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _kernels, checks, config, stack
 from ..cells import CELLS, PARAMETERS, Cell
-from ..functional import BACKWARD, FORWARD, Sequence, Tape, as_steps, new_array, run_forward
+from ..functional import BACKWARD, FORWARD, Sequence, Tape, as_steps, new_array
 from ..parameters import ENDS
 from .threads import call_threads
 
@@ -298,19 +298,11 @@ def forward(
     if keep:
         flat = new_array((kept,), dtype)
         tapes = _tapes(cell, flat, steps, H, L, D, layout.lengths)
-    states, y_steps = (_whole(h_0), _whole(c_0)), layout.steps(y)
-    if L == 1:
-        packed = _pack(cell, weights, L, D, FORWARD, workers, 0)
-        run_forward(
-            packed, steps, *states, y_steps, h_n, c_n, layout.lengths, False,
-            tapes and tapes[0], workers,
-        )  # fmt: skip
-    else:
-        pack = partial(_pack, cell, weights, L, D, FORWARD, workers)
-        stack.forward(
-            cell, pack, L, D, steps, *states, y_steps, h_n, c_n, layout.lengths, tapes,
-            _dropout(call, seed), workers,
-        )  # fmt: skip
+    pack = partial(_pack, cell, weights, L, D, FORWARD, workers)
+    stack.forward(
+        cell, pack, L, D, steps, _whole(h_0), _whole(c_0), layout.steps(y), h_n, c_n,
+        layout.lengths, tapes, _dropout(call, seed), workers,
+    )  # fmt: skip
     tensor = torch.from_numpy
     return (
         tensor(y), tensor(h_n), None if c_n is None else tensor(c_n),

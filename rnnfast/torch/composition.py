@@ -114,19 +114,7 @@ def backward(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         primal = [_leaf(t) for t in (x, h_0, c_0, *weights)]
-        results = forward(call, primal[0], batch_sizes, primal[1], primal[2], seed, primal[3:])
-        pairs = [(r, u) for r, u in zip(results, (dy, dh_n, dc_n), strict=True) if u is not None]
-        wanted = [p for p, need in zip(primal, needed, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [r for r, _ in pairs],
-                wanted,
-                [u for _, u in pairs],
-                create_graph=again,
-                allow_unused=True,
-            )
-        )
-    return [next(found) if need else None for need in needed]
+        return _gradients(call, needed, (dy, dh_n, dc_n), primal, batch_sizes, seed, again)
 
 
 def backward_of_backward(
@@ -144,14 +132,8 @@ def backward_of_backward(
         # Views: of a tensor that is given twice, each place must have a gradient of its own.
         primal = [_leaf(t) for t in (x, h_0, c_0, *weights)]
         upper = [_leaf(t) for t in (dy, dh_n, dc_n)]
-        x_in, h_in, c_in, *w_in = primal
-        results = forward(call, x_in, batch_sizes, h_in, c_in, seed, w_in)
-        pairs = [(r, u) for r, u in zip(results, upper, strict=True) if u is not None]
-        wanted = [p for p, need in zip(primal, needed, strict=True) if need and p is not None]
-        first = torch.autograd.grad(
-            [r for r, _ in pairs], wanted, [u for _, u in pairs],
-            create_graph=True, allow_unused=True,
-        )  # fmt: skip
+        first = _gradients(call, needed, upper, primal, batch_sizes, seed, True)
+        first = [g for g, need in zip(first, needed, strict=True) if need]
         seen = [(g, v) for g, v in zip(first, cotangents, strict=True) if _counts(g, v)]
         inputs = [t for t in (*upper, *primal) if t is not None]
         second: Items[Tensor | None] = [None] * len(inputs)
@@ -162,6 +144,20 @@ def backward_of_backward(
             )
     found = iter(second)
     return [None if t is None else next(found) for t in (*upper, *primal)]
+
+
+def _gradients(
+    call: Call, needed: Items[bool], upper: Items[Tensor | None], primal: Items[Tensor | None],
+    batch_sizes: Tensor | None, seed: Tensor | None, again: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients by x, h_0, c_0 and the weights, which `primal` are, or None where not needed."""
+    x, h_0, c_0, *weights = primal
+    results = forward(call, x, batch_sizes, h_0, c_0, seed, weights)
+    pairs = [(r, u) for r, u in zip(results, upper, strict=True) if u is not None]
+    wanted = [p for p, need in zip(primal, needed, strict=True) if need]
+    given, seeds = [r for r, _ in pairs], [u for _, u in pairs]
+    found = iter(torch.autograd.grad(given, wanted, seeds, create_graph=again, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
 def _leaf(tensor: Tensor | None) -> Tensor | None:

@@ -24,7 +24,8 @@ def call_threads() -> int:
 
 
 def share_threads() -> bool:
-    """Makes PyTorch's OpenMP threads our workers; False where it has none that we know how to ask.
+    """Makes PyTorch's OpenMP threads our workers; False where it has none that we know how to ask,
+    and while another thread is in a call.
 
     Linux only: the libraries of a process are read from /proc. RNNFAST_OWN_THREADS=1 forbids it.
     """
@@ -36,8 +37,7 @@ def share_threads() -> bool:
             found = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in SYMBOLS]
         except (OSError, AttributeError):
             continue
-        _kernels.use_threads(*found)
-        return True
+        return _kernels.use_threads(*found)
     return False
 
 
