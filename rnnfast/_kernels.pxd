@@ -1,0 +1,179 @@
+# cython: language_level=3
+"""What the compiled layer calls: csrc's headers, and a little of Python's own C interface.
+
+Mirrors kernels.h and the headers beside it, name by name; Cython reads this file with _kernels.pyx.
+"""
+
+from libc.stdint cimport uint64_t
+
+
+cdef extern from *:
+    """
+    #include <Python.h>
+    /* Lets Cython see the error that a poll has set. Without one, the poll forked: in the child the
+     * call's other workers are gone. */
+    static int rf_propagate(int failed) {
+        if (failed && !PyErr_Occurred())
+            PyErr_SetString(PyExc_OSError, "the process forked inside this call: no result here");
+        return failed ? -1 : 0;
+    }
+    /* As the poll sees them: no error handling of Cython's own. */
+    #define rf_check_signals PyErr_CheckSignals
+    #define rf_get_buffer PyObject_GetBuffer
+    /* A debugging build fills workspaces with NaN, so that no kernel can rest on what was there. */
+    #ifdef NDEBUG
+    #define rf_poison(memory, size) ((void)(memory), (void)(size))
+    #else
+    #define rf_poison(memory, size) memset(memory, 0xff, (size_t)(size))
+    #endif
+    """
+    void rf_poison(void *, Py_ssize_t)
+    int rf_propagate(int failed) except -1
+    int rf_check_signals() noexcept
+    ctypedef struct Py_buffer:
+        void *buf
+        Py_ssize_t itemsize
+        int ndim
+        char *format
+        Py_ssize_t *shape
+        Py_ssize_t *strides
+    int PyBUF_STRIDES, PyBUF_WRITABLE, PyBUF_FORMAT
+    int PyBuffer_FillInfo(Py_buffer *, object, void *, Py_ssize_t, int, int) except -1
+    int PyObject_GetBuffer(object, Py_buffer *, int) except -1
+    int rf_get_buffer(object, Py_buffer *, int) noexcept
+    void PyBuffer_Release(Py_buffer *)
+    void PyErr_Clear()
+
+
+cdef extern from "dropout.h":
+    uint64_t dropout_mix(uint64_t)
+
+
+cdef extern from "memory.h":
+    ctypedef struct rf_block:
+        void *data
+        size_t bytes
+    rf_block rf_block_take(size_t) nogil
+    void rf_block_give(rf_block) nogil
+    size_t rf_blocks_release() nogil
+
+
+cdef extern from "pool.h":
+    int rf_cpu_count()
+    ctypedef struct rf_host_threads:
+        void (*parallel)(void (*)(void *) noexcept, void *, unsigned, unsigned) noexcept
+        int (*thread)() noexcept
+        int (*threads)() noexcept
+    int rf_pool_use(const rf_host_threads *)
+
+
+cdef extern from "progress.h":
+    const double RF_POLL_SECONDS
+    double progress_clock() nogil
+
+
+cdef extern from "kernels.h":
+    ctypedef struct rf_shape:
+        int cell, directions
+        Py_ssize_t T, B, I, H
+    ctypedef struct rf_seq:
+        void *data
+        Py_ssize_t step, row
+        const Py_ssize_t *starts
+    ctypedef struct rf_weights:
+        void *W
+        void *R
+        void *b_ih
+        void *b_hh
+    ctypedef int (*rf_poll)(void *) noexcept
+    ctypedef struct rf_run:
+        int threads, plan
+        rf_poll poll
+        void *poll_context
+        int ran_plan, ran_threads
+    ctypedef struct rf_tape:
+        void *gates
+        void *h
+        void *c
+    ctypedef struct rf_forward_args:
+        rf_shape shape
+        int reverse
+        Py_ssize_t step0, step1
+        rf_seq x, y
+        const Py_ssize_t *lengths
+        const void *pack[2]
+        const void *h_0
+        const void *c_0
+        void *h_n
+        void *c_n
+        rf_tape tape
+        void *workspace
+        rf_run run
+    ctypedef struct rf_backward_args:
+        rf_shape shape
+        int reverse
+        Py_ssize_t step0, step1
+        int add_dx, add_grads
+        rf_seq x
+        const Py_ssize_t *lengths
+        const void *pack[2]
+        rf_tape tape
+        rf_seq dy
+        const void *dh_n
+        const void *dc_n
+        rf_seq dx
+        void *dh_0
+        void *dc_0
+        rf_weights grads[2]
+        rf_weights add_to
+        int replace
+        void *workspace
+        rf_run run
+    ctypedef enum rf_dtype:
+        RF_F32
+        RF_F64
+    ctypedef enum rf_pack_kind:
+        RF_PACK_FORWARD
+        RF_PACK_BACKWARD
+    ctypedef enum rf_vmath_id:
+        RF_EXP
+        RF_TANH
+        RF_SIGMOID
+    ctypedef struct rf_kernels:
+        const char *isa
+        Py_ssize_t element
+        Py_ssize_t (*pack_size)(const rf_shape *, rf_pack_kind) noexcept nogil
+        int (*pack)(
+            const rf_shape *, rf_pack_kind, const rf_weights *, void *, rf_run *
+        ) noexcept nogil
+        Py_ssize_t (*forward_workspace)(const rf_shape *, int) noexcept nogil
+        int (*forward)(rf_forward_args *) noexcept nogil
+        Py_ssize_t (*backward_workspace)(const rf_shape *, int) noexcept nogil
+        int (*backward)(rf_backward_args *) noexcept nogil
+        Py_ssize_t (*backward_panel_steps)(const rf_shape *) noexcept nogil
+        void (*vmath)(rf_vmath_id, Py_ssize_t, const void *, void *) noexcept nogil
+        double (*multiply_add)(Py_ssize_t, int) noexcept nogil
+        double (*read)(const void *, Py_ssize_t, Py_ssize_t, int) noexcept nogil
+        int (*dropout)(
+            Py_ssize_t, Py_ssize_t, Py_ssize_t, rf_seq, rf_seq, double, uint64_t, rf_run *
+        ) noexcept nogil
+    const char **rf_isas
+    const rf_kernels *rf_find_kernels(const char *, rf_dtype)
+
+
+cdef extern from "wavefront.h":
+    const Py_ssize_t RF_WAVE_BYTES
+    ctypedef struct rf_wavefront_args:
+        const rf_kernels *kernels
+        rf_forward_args *layers
+        int n
+        Py_ssize_t steps, gates_step, states_step
+        void *progress
+        rf_run run
+    Py_ssize_t rf_wavefront_steps(
+        const rf_kernels *, const rf_shape *, const rf_shape *, int, const rf_run *)
+    int rf_wavefront(rf_wavefront_args *) nogil
+
+
+cdef extern from *:
+    Py_ssize_t PY_SSIZE_T_MAX
