@@ -29,7 +29,7 @@ __all__ = [
 
 FORWARD, BACKWARD = _kernels.FORWARD, _kernels.BACKWARD
 Sequence = np.ndarray | _kernels.Packed  # [T, B, N]
-New = Callable[[tuple[int, ...]], np.ndarray]
+New = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 TAPES = "full", "light"
 SLICE_BYTES = 1 << 20  # of a light tape's slice at least, once it is computed again
 KEPT_FROM = 16 * 1024  # numbers; below, NumPy's own memory is as fast
@@ -79,7 +79,7 @@ class Tape:
     isa: str
 
     def __repr__(self) -> str:
-        if not hasattr(self, "h"):  # made by hand
+        if not hasattr(self, "threads"):  # what a forward sets last
             return "Tape()"
         T, B, I = self.x.shape
         D, H = self.h.shape[1 if self.steps else 0], self.h.shape[-1]
@@ -165,26 +165,24 @@ def new_tape(
 ) -> Tape:  # fmt: skip
     """A tape for a call with x, with room for what forward writes; a light one if given its pack.
 
-    `new` makes its arrays, of any contents, from their shapes: `new_array`, if it is None.
+    `new` makes its arrays, of any contents: `new_array`, if it is None.
     """
     T, B, _ = x.shape
-    if new is None:
-        new = partial(new_array, dtype=x.dtype)
+    new, dtype = new or new_array, x.dtype
     tape = Tape()
     tape.cell, tape.x, tape.lengths, tape.reverse = cell.name, x, lengths, reverse
     tape.batch_first = tape.unbatched = False
     tape.steps, tape.pack, tape.gates, tape.c = 0, packed, None, None
-    tape.plan, tape.threads, tape.isa = "", 0, ""  # nothing ran yet
     if packed is None:
         states = D, T + 1, B, H
         if cell.tape_gates:
-            tape.gates = new((D, T, B, len(cell.tape_gates), H))
+            tape.gates = new((D, T, B, len(cell.tape_gates), H), dtype)
     else:
         tape.steps, slices = _slices(cell, packed, _longest(lengths, T, B), B)
         states = slices, D, B, H
-    tape.h = new(states)
+    tape.h = new(states, dtype)
     if "c" in cell.states:
-        tape.c = new(states)
+        tape.c = new(states, dtype)
     return tape
 
 

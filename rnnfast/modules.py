@@ -25,6 +25,7 @@ from .functional import (
     as_steps,
     new_array,
     new_sequence,
+    new_tape,
     run_forward,
 )
 from .parameters import (
@@ -360,16 +361,20 @@ class Recurrent:
         threads = config.threads
         packs = self._packs and self._kept(FORWARD)
         tapes, dropout = None, stack.NO_DROPOUT
-        if kind:
-            if kind == "light" and not packs:  # a light tape keeps them
-                packs = self._pack_all(FORWARD)
-            kept = packs if kind == "light" else None
-            tapes = stack.new_tapes(cell, x, H, L, D, lengths, kept)
-            dropout = stack.Dropout(*self._dropout, call)
-        if L == 1 and not kind:  # as `stack` does; the detour is a tenth of a small call
+        if L == 1:  # as `stack` does; the detour is a tenth of a small call
             packed = packs[0] if packs else self._pack(0, FORWARD)
-            run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, False, None, threads)
+            tape = None
+            if kind:
+                tape = new_tape(cell, x, D, H, lengths, False, packed if kind == "light" else None)
+                tapes = (tape,)
+            run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, False, tape, threads)
         else:
+            if kind:
+                if kind == "light" and not packs:  # a light tape keeps them
+                    packs = self._pack_all(FORWARD)
+                kept = packs if kind == "light" else None
+                tapes = stack.new_tapes(cell, x, H, L, D, lengths, kept)
+                dropout = stack.Dropout(*self._dropout, call)
             pack = packs.__getitem__ if packs else partial(self._pack, kind=FORWARD)
             stack.forward(
                 cell, pack, L, D, x, h_0, c_0, y, h_n, c_n, lengths, tapes, dropout, threads

@@ -10,7 +10,6 @@ T steps, B batch, N = D*H numbers of a step's output, L layers, D directions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,18 +56,17 @@ def new_tapes(
 ) -> list[Tape]:  # fmt: skip
     """Tapes for a call with x, one for each layer; light ones if the call's packs are given.
 
-    `new` makes their arrays, and what layers hand to those above, from shapes, in an order that
-    depends on nothing else.
+    `new` makes their arrays, and what layers hand to those above, in an order that depends on their
+    shapes alone.
     """
     T, B, _ = x.shape
-    if new is None:
-        new = partial(new_array, dtype=x.dtype)
+    new = new or new_array
     tapes = []
     for layer in range(L):
         packed = packs[layer] if packs else None
         tapes.append(new_tape(cell, x, D, H, lengths, False, packed, new))
         if layer < L - 1:
-            x = new((T, B, D * H))
+            x = new((T, B, D * H), x.dtype)
     return tapes
 
 
@@ -134,6 +132,11 @@ def backward(
     Layers below the lowest, of which nothing is wanted, are not run. `add_to` and `replace` are for
     a single layer.
     """
+    if len(tapes) == 1:  # as in forward
+        run_backward(
+            pack(0), tapes[0], dy, dh_n, dc_n, dx, dh_0, dc_0, grads[0], threads, add_to, replace
+        )
+        return
     T, B, _ = tapes[-1].x.shape
     H, dtype = tapes[-1].h.shape[-1], tapes[-1].x.dtype
     for layer in reversed(range(lowest, len(tapes))):

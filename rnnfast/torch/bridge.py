@@ -255,7 +255,7 @@ def _tapes(
     """The layers' tapes, in pieces of a flat one."""
     end = 0
 
-    def piece(shape: tuple[int, ...]) -> np.ndarray:
+    def piece(shape: tuple[int, ...], _: np.dtype) -> np.ndarray:
         nonlocal end
         start, end = end, end + math.prod(shape)
         return flat[start:end].reshape(shape)
