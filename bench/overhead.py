@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,6 @@ def _torch_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
     weights = tuple(given.weights.values())
     layer = rnnfast.torch.LSTM(shape.I, shape.H)
     layer.load_state_dict({name: torch.from_numpy(w) for name, w in given.weights.items()})
-    parameters = tuple(layer.parameters())
     x, dy = torch.from_numpy(given.x), torch.from_numpy(given.dy)
     need = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -136,9 +136,13 @@ def _torch_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
         grads = functional.lstm_backward(tape, weights, given.dy, None, need=need)
         return y, grads.weights
 
-    def drop_in() -> tuple:
-        y, _ = layer(x)
-        return y, torch.autograd.grad(y, parameters, dy)
+    theirs = torch.nn.LSTM(shape.I, shape.H)
+    theirs.load_state_dict(layer.state_dict())
+    own = {module: tuple(module.parameters()) for module in (layer, theirs)}
+
+    def with_gradients(module: torch.nn.Module) -> tuple:
+        y, _ = module(x)
+        return y, torch.autograd.grad(y, own[module], dy)
 
     class Nothing(torch.autograd.Function):
         """With as many inputs and outputs as the drop-in's; it saves the weights alone."""
@@ -154,16 +158,16 @@ def _torch_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
             return None, None, None, None, None, None, *ctx.saved_tensors
 
     def nothing() -> tuple:
-        return Nothing.apply(None, x, None, None, None, None, *parameters)
+        return Nothing.apply(None, x, None, None, None, None, *own[layer])
 
     def nothing_backward() -> tuple:
-        return torch.autograd.grad(nothing()[0], parameters, dy)
+        return torch.autograd.grad(nothing()[0], own[layer], dy)
 
     exact = {name: array.astype(np.float64) for name, array in given.weights.items()}
     y, _, tapes = reference.stack_forward(shape.cell, given.x, None, exact)
     grads = reference.stack_backward(shape.cell, tapes, exact, given.dy, None)
     want = {"y": y, **{f"d{name}": grads[name] for name in exact}}
-    for call in (forward_backward, drop_in):
+    for call in (forward_backward, *(partial(with_gradients, module) for module in own)):
         y, grads = call()
         grads = {f"d{name}": np.asarray(g) for name, g in zip(exact, grads, strict=True)}
         check({"y": y if type(y) is np.ndarray else y.detach().numpy(), **grads}, want, shape.dtype)
@@ -172,7 +176,9 @@ def _torch_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
         name("functional.lstm_forward(train=True)"): forward,
         name("the same and lstm_backward"): forward_backward,
         name("rnnfast.torch.LSTM(x)"): lambda: layer(x),
-        name("the same and autograd.grad"): drop_in,
+        name("the same and autograd.grad"): lambda: with_gradients(layer),
+        name("torch.nn.LSTM(x)"): lambda: theirs(x),
+        name("torch.nn.LSTM(x) and autograd.grad"): lambda: with_gradients(theirs),
         name("an autograd.Function of nothing"): nothing,
         name("an autograd.Function of nothing and autograd.grad"): nothing_backward,
     }

@@ -95,7 +95,7 @@ def serve(path: str, prefix: str, length: int) -> None:
     model.stream.reset()
     rng = np.random.default_rng(0)
     written = bytearray(prefix.encode())
-    for byte in written:
+    for byte in written or [ord("\n")]:
         chances = model.step(byte)
     for _ in range(length):
         sharper = chances**1.5

@@ -628,6 +628,9 @@ def named(name: str, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     if not own:
         starts = sorted({key[: key.rfind(".") + 1] for key in given if type(key) is str})
         needs = f"names of the state_dict's start, one of {_some(map(repr, starts))}"
+        inner = [key for key, value in given.items() if isinstance(value, Mapping)]
+        if inner:  # a checkpoint, with the model's state_dict inside
+            needs = f"a state_dict, not a dict of such: the one in entry {describe(inner[0])}?"
         fail(ValueError, "prefix", describe(prefix), needs)
     return own
 

@@ -165,7 +165,8 @@ def _array(path: str, name: str, data: bytes) -> np.ndarray:
     import io
 
     if not name.endswith(".npy"):
-        damaged(path, f"entry {name!r}, which is no array")
+        needs = f"{SAVED}; load_torch reads PyTorch's" if name.endswith("/data.pkl") else SAVED
+        damaged(path, f"entry {name!r}, which is no array", needs)
     file = io.BytesIO(data)
     npy = np.lib.format
     version = npy.read_magic(file)

@@ -107,6 +107,8 @@ def test_names_with_a_prefix_are_told_to_be_stripped():
     del whole["model.rnn.bias_hh_l1"]
     assert hint(lstm, whole) == ""
     assert hint(lstm, {**right, "fc.weight": X}) == ""
+    inside = error_of(lambda d: lstm.load_state_dict(d, prefix="rnn."), {"model": right, "step": 3})
+    assert inside.endswith("; needs a state_dict, not a dict of such: the one in entry 'model'?")
 
 
 def test_parameters_of_other_sizes_are_told_theirs():

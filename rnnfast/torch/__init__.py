@@ -1,5 +1,7 @@
 """A drop-in for torch.nn's recurrent modules: `import rnnfast.torch`, then change one word.
 
+The cells are torch.nn's own: one step is a product and little more, with nothing to gain.
+
 Knows the public names, nothing else. Needs PyTorch, which nothing else of rnnfast does.
 """
 
@@ -10,7 +12,8 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("rnnfast.torch: needs PyTorch: `pip install torch`") from None
 
-from .cells import GRUCell, LSTMCell, RNNCell
+from torch.nn import GRUCell, LSTMCell, RNNCell
+
 from .convert import Conversion, convert
 from .modules import GRU, LSTM, RNN
 from .threads import share_threads as _share_threads

@@ -60,23 +60,23 @@ def describe(value: Any) -> str:
     return f"{value.dtype}{layout} tensor of shape {shape} on {value.device}"
 
 
-def _misfit(name: str, value: Any, needs: str) -> NoReturn:
+def misfit(name: str, value: Any, needs: str) -> NoReturn:
     checks.fail(Misfit, name, describe(value), needs)
 
 
 def _refuse(name: str, tensor: Any, like: Tensor, shape: tuple[int, ...] | str) -> NoReturn:
     """Raises what is wrong with a tensor that is not of this shape, and of the kind of `like`."""
     if not isinstance(tensor, Tensor):
-        _misfit(name, tensor, "a tensor")
+        misfit(name, tensor, "a tensor")
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-        _misfit(name, tensor, "a dense tensor: .to_dense() makes one")
+        misfit(name, tensor, "a dense tensor: .to_dense() makes one")
     if tensor.dtype not in DTYPES:
-        _misfit(name, tensor, "torch.float32 or torch.float64")
+        misfit(name, tensor, "torch.float32 or torch.float64")
     if tensor.device.type not in ("cpu", "meta"):
-        _misfit(name, tensor, "a tensor on the CPU: .cpu() makes one")
+        misfit(name, tensor, "a tensor on the CPU: .cpu() makes one")
     if tensor.device != like.device or tensor.dtype != like.dtype:
-        _misfit(name, tensor, f"{like.dtype} on {like.device}, as of the input")
-    _misfit(name, tensor, f"shape [{shape}]" if type(shape) is str else f"shape {tuple(shape)}")
+        misfit(name, tensor, f"{like.dtype} on {like.device}, as of the input")
+    misfit(name, tensor, f"shape [{shape}]" if type(shape) is str else f"shape {tuple(shape)}")
 
 
 def _is(tensor: Tensor, dtype: torch.dtype, device: torch.device, shape: tuple) -> bool:
@@ -126,7 +126,12 @@ def fit(
             shapes = (rows, D * H), *shapes[1:]
         needed = shapes[i % each]
         # Not by _is: of small calls this is the longest part.
-        if weight.dtype is not dtype or weight.device != device or weight.shape != needed:
+        if (
+            weight.dtype is not dtype
+            or weight.device != device
+            or weight.shape != needed
+            or weight.layout is not torch.strided
+        ):
             layer, d = divmod(i // each, D)
             _refuse(f"{PARAMETERS[i % each]}_l{layer}{ENDS[d]}", weight, x, needed)
     if batch_sizes is not None:

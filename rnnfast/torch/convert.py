@@ -11,16 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..cells import PARAMETERS
 from .bridge import DTYPES
-from .cells import GRUCell, LSTMCell, RNNCell
 from .likeness import Like
 from .modules import GRU, LSTM, RNN
 
-OURS: dict[type[nn.Module], type[Like]] = {
-    cls._theirs: cls for cls in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
-}
-THEIRS = nn.RNNBase, nn.RNNCellBase
+OURS: dict[type[nn.Module], type[Like]] = {cls._theirs: cls for cls in (RNN, LSTM, GRU)}
+ONE_STEP = "a cell: of a single step, PyTorch's own is as fast"
 
 
 @dataclass
@@ -38,6 +34,8 @@ class Conversion:
 
     def __str__(self) -> str:
         lines = [f"swapped {_shown(name)}: {what}" for name, what in self.swapped.items()]
+        if "" in self.swapped:
+            lines[0] += "; the new one is .model of this result"
         lines += [f"left {_shown(name)}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines) or "no recurrent module found"
 
@@ -49,12 +47,13 @@ def _shown(name: str) -> str:
 
 
 def convert(model: nn.Module) -> Conversion:
-    """Swaps each torch.nn.RNN, LSTM, GRU and cell inside a model, in place, for one of ours.
+    """Swaps each torch.nn.RNN, LSTM and GRU inside a model, in place, for one of ours.
 
     The new modules have the very parameters of the old ones, their training mode and their hooks,
     so optimisers, state_dicts and ties go on. A module that appears twice is swapped for one. What
     cannot be swapped (subclasses and parametrised modules, projections, other dtypes and devices)
-    is left as it is and still right; a warning names it.
+    is left as it is and still right; a warning names it. Cells are left, too, and without a
+    warning: a single step has nothing to gain.
 
     Returns a `Conversion`, which tells what was swapped, what was left, and why. Raises TypeError
     for what is no nn.Module.
@@ -70,7 +69,10 @@ def convert(model: nn.Module) -> Conversion:
     done = Conversion(model)
     twins: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, THEIRS):
+        if isinstance(module, nn.RNNCellBase):
+            done.left[name] = ONE_STEP
+            continue
+        if not isinstance(module, nn.RNNBase):
             continue
         reason = _reason(module)
         if reason:
@@ -84,8 +86,9 @@ def convert(model: nn.Module) -> Conversion:
             model.get_submodule(parent)._modules[attribute] = twins[module]
         else:
             done.model = twins[module]
-    if done.left:
-        left = "; ".join(f"{_shown(name)} ({reason})" for name, reason in done.left.items())
+    slow = {name: reason for name, reason in done.left.items() if reason is not ONE_STEP}
+    if slow:
+        left = "; ".join(f"{_shown(name)} ({reason})" for name, reason in slow.items())
         warnings.warn(f"rnnfast.torch.convert left as they are: {left}", UserWarning, stacklevel=2)
     return done
 
@@ -103,9 +106,7 @@ def _reason(module: nn.Module) -> str:
     if "forward" in vars(module):
         return "its forward was replaced"
     own = module._parameters
-    names = getattr(module, "_flat_weights_names", None)
-    if names is None:  # a cell
-        names = PARAMETERS if module.bias else PARAMETERS[:2]
+    names = module._flat_weights_names
     missing = [name for name in names if own.get(name) is None]
     if missing:
         return f"{missing[0]} is no parameter of its own: parametrised, or pruned"

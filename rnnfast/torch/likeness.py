@@ -8,6 +8,7 @@ and what is wrong with a call.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import warnings
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
-from .bridge import Misfit
+from .bridge import Misfit, describe
 
 
 class Like(nn.Module):
@@ -63,11 +64,23 @@ class Like(nn.Module):
 
     def _complain(self, misfit: Misfit, input: Any, hx: Any) -> NoReturn:
         """Raises what torch.nn raises for the same call; for one that it takes, the misfit."""
-        dtype = self._weights()[0].dtype
+        weights = dict(zip(self._names, self._weights(), strict=True))
+        dtype = statistics.mode(w.dtype for w in weights.values() if isinstance(w, Tensor))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of dropout, once more
             template = self._theirs(**self._arguments(), device="meta", dtype=dtype)
+            for name, parameter in template.named_parameters():
+                own = weights[name]
+                if (
+                    not isinstance(own, Tensor)
+                    or own.shape != parameter.shape
+                    or own.dtype != dtype
+                ):
+                    needs = f"a {dtype} tensor of shape {tuple(parameter.shape)}"
+                    checks.fail(Misfit, name, describe(own), needs)
             with contextlib.suppress(NotImplementedError):  # of what has no twin without memory
+                if isinstance(input, PackedSequence):  # which torch.nn does not look at
+                    template.check_input(_as_meta(input.data), input.batch_sizes)
                 template(_as_meta(input), _as_meta(hx))
         raise misfit from None
 

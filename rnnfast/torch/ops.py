@@ -226,5 +226,8 @@ def run(
             if grad and any(t is not None and t.requires_grad for t in (x, h_0, c_0, *weights)):
                 return _Forward.apply(call, x, batch_sizes, h_0, c_0, seed, *weights)
             return bridge.forward(call, x, batch_sizes, h_0, c_0, seed, weights, False)[:3]
+    for weight in weights:
+        if not isinstance(weight, Tensor):  # a parameter set to None, or a mistake of a caller's
+            bridge.misfit("a weight", weight, "a tensor")
     y, h_n, c_n, _ = forward_op(x, batch_sizes, h_0, c_0, seed, weights, *call, grad)
     return y, h_n, c_n if "c" in CELLS[call.cell].states else None
