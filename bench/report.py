@@ -118,7 +118,7 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
 
 def tables(found: Found) -> list[Table]:
     """All that is shown of a run: ratios and their means first, the rest after them."""
-    first, after, not_held = [], [], found["not_held"]
+    first, families, after, not_held = [], [], [], found["not_held"]
     for (mode, threads), rows in groups(found["rows"]).items():
         title = f"{mode}, {threads} thread{'s' * (threads > 1)}"
         first.append(_ratios(title, rows, not_held))
@@ -126,7 +126,10 @@ def tables(found: Found) -> list[Table]:
         if any("us_per_step" in row["results"].get(OURS, {}) for row in rows):
             after.append(_steps(f"{title}: one row at a time", rows, not_held))
         after.append(_costs(f"{title}: least time, first call, memory", rows, not_held))
-    return [*first, _totals(found), *after]
+        family = _family(f"{title}: times our own plain LSTM's", rows)
+        if family.lines:
+            families.append(family)
+    return [*first, _totals(found), *families, *after]
 
 
 def _ratios(title: str, rows: list[Row], not_held: Sequence[str]) -> Table:
@@ -220,6 +223,24 @@ def _steps(title: str, rows: list[Row], not_held: Sequence[str]) -> Table:
         )
     note = "Bandwidth: bytes that each step must read again, over what the caches give at that size"
     return Table(title, header, lines, [f"{note}."])
+
+
+def _family(title: str, rows: list[Row]) -> Table:
+    """Of cells at the sizes at which the plain LSTM was measured as well: how much longer."""
+    plain, lines = {}, []
+    for row in rows:
+        cell, _, sizes = row["shape"].partition("-")
+        if cell == "lstm" and OURS in row["results"]:
+            plain[sizes] = row["results"][OURS]
+    for row in rows:
+        cell, _, sizes = row["shape"].partition("-")
+        if cell != "lstm" and sizes in plain and OURS in row["results"]:
+            ours, lstm = row["results"][OURS], plain[sizes]
+            line = [row["shape"]]
+            for figure in ("median_ms", "min_ms"):
+                line += [_short(ours[figure]), f"{ours[figure] / lstm[figure]:.2f}"]
+            lines.append(line)
+    return Table(title, ("shape", "ms", "times", "least ms", "times"), lines)
 
 
 def _costs(title: str, rows: list[Row], not_held: Sequence[str]) -> Table:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..cells import CELLS
+from ..cells import CELLS, Cell
 from ..parameters import parameter_shapes, size
 
 # One call is: a pass over the sequence; that and all gradients; T calls, one for each step.
@@ -150,6 +150,12 @@ class Suite:
     all_threads: bool = False
 
 
+def _options(row: Cell) -> str:
+    """What is set of a cell's options, in words."""
+    words = [f"{name}={value}" for name, value in row.options.items() if value is not False]
+    return f" ({', '.join(words)})" if words else ""
+
+
 SUITES: dict[str, Suite] = {
     "layers": Suite(
         (
@@ -211,6 +217,12 @@ SUITES: dict[str, Suite] = {
             Shape("lstm", 100, 1, 8, 16, stands_for="too small to share"),
         ),
         all_threads=True,
+    ),
+    "family": Suite(
+        tuple(
+            Shape(cell, 100, 32, 128, 128, stands_for=row.kind + _options(row))
+            for cell, row in CELLS.items()
+        )
     ),
     "torch": Suite(
         (

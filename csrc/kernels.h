@@ -16,6 +16,9 @@ typedef enum {
     RF_LSTM,
     RF_GRU,              /* reset after the product with R (PyTorch) */
     RF_GRU_RESET_BEFORE, /* reset before it (ONNX's default) */
+    RF_LSTM_PEEPHOLE,
+    RF_LSTM_COUPLED, /* forget gate 1 - input gate */
+    RF_LSTM_COUPLED_PEEPHOLE,
     RF_N_CELLS
 } rf_cell_id;
 
@@ -55,6 +58,7 @@ typedef struct {
     void *R;    /* [G*H, H] */
     void *b_ih; /* [G*H], or NULL: zeros (as parameters), not wanted (as gradients) */
     void *b_hh; /* [G*H], or NULL */
+    void *P;    /* [p*H] weights of single units, of a cell that has such; never NULL there */
 } rf_weights;
 
 /* Called by worker 0, now and then; nonzero asks the call to end early, its outputs void. */

@@ -85,6 +85,7 @@ cdef extern from "kernels.h":
         void *R
         void *b_ih
         void *b_hh
+        void *P
     ctypedef int (*rf_poll)(void *) noexcept
     ctypedef struct rf_run:
         int threads, plan

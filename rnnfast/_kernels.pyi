@@ -70,7 +70,7 @@ def workspace(pack: Pack, T: int, B: int, threads: int) -> int:
 
 def pack(
     cell: int,
-    weights: tuple[tuple[Any, Any, Any, Any], ...],
+    weights: tuple[tuple[Any, ...], ...],
     kind: int,
     threads: int,
     plan: int,
@@ -78,6 +78,7 @@ def pack(
 ) -> Pack:
     """One (W [GH, I], R [GH, H], b_ih [GH] or None, b_hh [GH] or None) per direction.
 
+    Of a cell with p peepholes, P [pH] is the fifth.
     With sizes = I, H and the bytes of a number, also the addresses of these, as int.
     """
 
@@ -133,7 +134,7 @@ def backward(
     dx: Any,  # out like x, or None: not wanted; zeroed past a row's length
     dh_0: Any,  # out [D, B, H] or None
     dc_0: Any,
-    grads: Any,  # out: None, or a (dW, dR, db_ih, db_hh) per direction, each None where not wanted
+    grads: Any,  # out: None, or as weights of pack, each None where not wanted
     reverse: bool,
     threads: int,
     plan: int,

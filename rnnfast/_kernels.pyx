@@ -65,7 +65,7 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 36  # of one call: 11 arrays, 8 gradients, 4 of a light tape, 4 to add to, 4 starts
+    MOST_VIEWS = 39  # of one call: 11 arrays, 10 gradients, 4 of a light tape, 5 to add to, 4 starts
 
 
 cdef struct Views:
@@ -267,7 +267,7 @@ def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=N
             self.shape.I, self.shape.H, size = sizes
             self.kernels = current[size == 8]
         for d in range(len(weights)):
-            W, R, b_ih, b_hh = weights[d]
+            W, R, b_ih, b_hh = weights[d][:4]
             take(&views, W, 0, &w[d].W)
             take(&views, R, 0, &w[d].R)
             if d == 0 and sizes is None:
@@ -276,6 +276,7 @@ def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=N
                 self.shape.H = views.view[1].shape[1]
             take(&views, b_ih, 0, &w[d].b_ih)
             take(&views, b_hh, 0, &w[d].b_hh)
+            take(&views, weights[d][4] if len(weights[d]) > 4 else None, 0, &w[d].P)
         self.shape.cell = cell
         self.shape.directions = len(weights)
         self.kind = kind
@@ -563,6 +564,15 @@ def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize
     return PLANS[args.run.ran_plan], args.run.ran_threads
 
 
+cdef int take_gradients(Views *views, tuple grads, rf_weights *out) except -1:
+    """One direction's; P is None, or left out, where the cell has no peepholes."""
+    take(views, grads[0], PyBUF_WRITABLE, &out.W)
+    take(views, grads[1], PyBUF_WRITABLE, &out.R)
+    take(views, grads[2], PyBUF_WRITABLE, &out.b_ih)
+    take(views, grads[3], PyBUF_WRITABLE, &out.b_hh)
+    return take(views, grads[4] if len(grads) > 4 else None, PyBUF_WRITABLE, &out.P)
+
+
 def backward(
     Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
     bint reverse, int threads, int plan, tuple light=None, tuple add_to=None,
@@ -604,17 +614,9 @@ def backward(
         for d in range(pack.shape.directions):
             args.pack[d] = pack.direction[d]
             if grads is not None:
-                dW, dR, db_ih, db_hh = grads[d]
-                take(&views, dW, PyBUF_WRITABLE, &args.grads[d].W)
-                take(&views, dR, PyBUF_WRITABLE, &args.grads[d].R)
-                take(&views, db_ih, PyBUF_WRITABLE, &args.grads[d].b_ih)
-                take(&views, db_hh, PyBUF_WRITABLE, &args.grads[d].b_hh)
+                take_gradients(&views, grads[d], &args.grads[d])
         if add_to is not None:
-            dW, dR, db_ih, db_hh = add_to
-            take(&views, dW, PyBUF_WRITABLE, &args.add_to.W)
-            take(&views, dR, PyBUF_WRITABLE, &args.add_to.R)
-            take(&views, db_ih, PyBUF_WRITABLE, &args.add_to.b_ih)
-            take(&views, db_hh, PyBUF_WRITABLE, &args.add_to.b_hh)
+            take_gradients(&views, add_to, &args.add_to)
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
         size = pack.kernels.backward_workspace(&args.shape, threads)

@@ -5,45 +5,90 @@ Knows: names and sizes. Knows nothing of arithmetic (see `reference`), of kernel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peephole")
 
 
 @dataclass(frozen=True)
 class Cell:
     """One row of the table: a recurrent cell as its parameters and its tape see it.
 
-    `gates` is the order of the blocks of H rows in `weight_ih`, `weight_hh` and both biases
-    (PyTorch's order). `tape_gates` is what the tape keeps per (step, row), in this order; `states`
-    are the sequences carried through time.
+    `kind` is the module that has it, with these `options`. `gates` is the order of the blocks of H
+    rows in `weight_ih`, `weight_hh` and both biases (PyTorch's order). `tape_gates` is what the
+    tape keeps per (step, row), in this order; `states` are the sequences carried through time.
+    `peepholes` are the gates that see c, each through one weight for each unit, in the order of
+    `weight_peephole`.
     """
 
     name: str
     number: int  # the same as `rf_cell_id` in csrc/kernels.h
+    kind: str
+    options: Mapping[str, Any] = field(hash=False)
     gates: tuple[str, ...]
     states: tuple[str, ...]
     tape_gates: tuple[str, ...]
+    peepholes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of one layer's parameters in one direction, the biases among them."""
+        return PARAMETERS if self.peepholes else PARAMETERS[:4]
 
     def weight_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's parameters in one direction, in PyTorch's order."""
+        """Shapes of one layer's parameters in one direction, PyTorch's in its order."""
         rows = len(self.gates) * hidden_size
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             "weight_ih": (rows, input_size),
             "weight_hh": (rows, hidden_size),
             "bias_ih": (rows,),
             "bias_hh": (rows,),
+            "weight_peephole": (len(self.peepholes) * hidden_size,),
         }
+        return {name: shapes[name] for name in self.parameters}
 
 
+# Of a GRU, "hn" is R_n h + b_hn: what the reset gate multiplies, needed for its gradient. A coupled
+# LSTM's forget gate is 1 - i.
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        Cell("rnn_tanh", 0, ("h",), ("h",), ()),
-        Cell("rnn_relu", 1, ("h",), ("h",), ()),
-        Cell("lstm", 2, ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o")),
-        # "hn" is R_n h + b_hn: what the reset gate multiplies, needed for its gradient.
-        Cell("gru", 3, ("r", "z", "n"), ("h",), ("r", "z", "n", "hn")),
-        Cell("gru_reset_before", 4, ("r", "z", "n"), ("h",), ("r", "z", "n")),
+        Cell("rnn_tanh", 0, "RNN", {"nonlinearity": "tanh"}, ("h",), ("h",), ()),
+        Cell("rnn_relu", 1, "RNN", {"nonlinearity": "relu"}, ("h",), ("h",), ()),
+        Cell(
+            "lstm", 2, "LSTM", {"peephole": False, "coupled": False},
+            ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o"),
+        ),
+        Cell(
+            "gru", 3, "GRU", {"reset_after": True},
+            ("r", "z", "n"), ("h",), ("r", "z", "n", "hn"),
+        ),
+        Cell(
+            "gru_reset_before", 4, "GRU", {"reset_after": False},
+            ("r", "z", "n"), ("h",), ("r", "z", "n"),
+        ),
+        Cell(
+            "lstm_peephole", 5, "LSTM", {"peephole": True, "coupled": False},
+            ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o"), ("i", "f", "o"),
+        ),
+        Cell(
+            "lstm_coupled", 6, "LSTM", {"peephole": False, "coupled": True},
+            ("i", "g", "o"), ("h", "c"), ("i", "g", "o"),
+        ),
+        Cell(
+            "lstm_coupled_peephole", 7, "LSTM", {"peephole": True, "coupled": True},
+            ("i", "g", "o"), ("h", "c"), ("i", "g", "o"), ("i", "o"),
+        ),
     )
-}
+}  # fmt: skip
+
+
+def cell_of(kind: str, **options: Any) -> Cell:
+    """The row that a kind of layer and all of its options ask for.
+
+    >>> cell_of("GRU", reset_after=False).name
+    'gru_reset_before'
+    """
+    return next(c for c in CELLS.values() if c.kind == kind and c.options == options)

@@ -14,6 +14,7 @@ ndarray of the right dtype) is decided by a few attribute reads; words are made 
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import sys
@@ -105,18 +106,39 @@ def integer(name: str, value: Any, low: int, high: int = sys.maxsize) -> int:
     return value
 
 
+def _number(name: str, value: Any, needs: str) -> Any:
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not real:
+        fail(TypeError, name, describe(value), needs)
+    return value
+
+
 def fraction(name: str, value: Any) -> float:
     """A float in [0, 1].
 
     >>> fraction("dropout", 0)
     0.0
     """
-    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not real:
-        fail(TypeError, name, describe(value), "a number in [0, 1]")
-    if not 0 <= value <= 1:  # a NaN is not
-        fail(ValueError, name, describe(value), "a number in [0, 1]")
+    needs = "a number in [0, 1]"
+    if not 0 <= _number(name, value, needs) <= 1:  # a NaN is not
+        fail(ValueError, name, describe(value), needs)
     return float(value)
+
+
+def finite(name: str, value: Any, dtype: np.dtype) -> float:
+    """A float that is neither infinite nor NaN, in a dtype either.
+
+    >>> finite("forget_bias", 1, FLOAT32)
+    1.0
+    """
+    needs = f"a finite number in {dtype}"
+    try:
+        number = float(_number(name, value, needs))
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= np.finfo(dtype).max:  # a NaN is not
+        fail(ValueError, name, describe(value), needs)
+    return number
 
 
 def dropout_acts(dropout: float, layers: int, stacklevel: int) -> None:
@@ -527,35 +549,39 @@ def apart(name: str, array: ndarray, out_name: str, out: ndarray) -> None:
 # ---------------------------------------------------------------------------------------- weights
 
 
-Weights = tuple[tuple[ndarray, ndarray, ndarray | None, ndarray | None], ...]
+Weights = tuple[tuple[ndarray | None, ...], ...]
 
 
-def weights(name: str, value: Any, gates: int) -> Weights:
+def weights(name: str, value: Any, gates: int, peepholes: int = 0) -> Weights:
     """Raw weights of a layer as one (W, R, b_ih, b_hh) per direction, of one dtype.
 
     `value` is such a tuple, W [G*H, I], R [G*H, H] and the biases [G*H] or None, or a pair of them
-    for two directions. The first W decides between float32 and float64.
+    for two directions; of a cell with p peepholes, P [p*H] is the fifth. The first W decides
+    between float32 and float64.
 
     >>> W, R, b = np.zeros((12, 2)), np.zeros((12, 3)), np.zeros(12)
     >>> [a is not None for a in weights("weights", (W, R, b, None), 4)[0]]
     [True, True, True, False]
     """
-    needs = "(W, R, b_ih, b_hh), a pair of such tuples, or a pack"
+    letters = ("W", "R", "b_ih", "b_hh", "P")[: 5 if peepholes else 4]
+    needs = f"({', '.join(letters)}), a pair of such tuples, or a pack"
     sequences = tuple, list
     if type(value) in sequences:
         value = tuple(tuple(one) if type(one) in sequences else one for one in tuple(value))
     if type(value) is not tuple or not value:
         fail(TypeError, name, describe(value), needs)
     directions = value if type(value[0]) is tuple else (value,)
-    if len(directions) > 2 or any(type(d) is not tuple or len(d) != 4 for d in directions):
+    if len(directions) > 2 or any(
+        type(d) is not tuple or len(d) != len(letters) for d in directions
+    ):
         fail(ValueError, name, describe(value), needs)
-    labels = [f"{name} ({label})" for label in ("W", "R", "b_ih", "b_hh")]
+    labels = [f"{name} ({label})" for label in letters]
     # As arrays, each converted once, and then by shape: an object's answer may change.
     W = raw_array(labels[0], directions[0][0], FLOAT32, False)
     dtype = FLOAT64 if W.dtype == FLOAT64 else FLOAT32
     arrays = [
         [
-            None if array is None and p >= 2 else as_array(labels[p], array, dtype)
+            None if array is None and p in (2, 3) else as_array(labels[p], array, dtype)
             for p, array in enumerate((W, *one[1:]) if d == 0 else one)
         ]
         for d, one in enumerate(directions)
@@ -566,12 +592,12 @@ def weights(name: str, value: Any, gates: int) -> Weights:
     if R.ndim != 2 or R.shape[1] < 1 or R.shape[0] != gates * R.shape[1]:
         fail(ValueError, labels[1], f"shape {R.shape}", f"[{gates}*H, H], H at least 1")
     rows, H = R.shape
-    shapes = (rows, W.shape[1]), (rows, H), (rows,), (rows,)
-    letters = "G*H, I", "G*H, H", "G*H", "G*H"
+    shapes = (rows, W.shape[1]), (rows, H), (rows,), (rows,), (peepholes * H,)
+    sizes = "G*H, I", "G*H, H", "G*H", "G*H", "p*H"
     return tuple(
         tuple(
-            None if one[p] is None else exact(labels[p], one[p], dtype, shapes[p], letters[p])
-            for p in range(4)
+            None if one[p] is None else exact(labels[p], one[p], dtype, shapes[p], sizes[p])
+            for p in range(len(letters))
         )
         for one in arrays
     )

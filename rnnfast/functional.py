@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _kernels, checks, config
-from .cells import CELLS, PARAMETERS, Cell
+from .cells import CELLS, PARAMETERS, Cell, cell_of
 
 __all__ = [
     "Gradients", "Tape", "gru_backward", "gru_forward", "gru_step", "lstm_backward", "lstm_forward",
@@ -357,7 +357,7 @@ def pack(cell: str, weights: Any, kind: str = "forward") -> Any:
 def _pack(cell: Cell, weights: Any, kind: int) -> tuple[Any, tuple | None]:
     """The pack of this kind, and the checked raw weights, or None if they came packed."""
     if type(weights) is not _kernels.Pack:
-        raw = checks.weights("weights", weights, len(cell.gates))
+        raw = checks.weights("weights", weights, len(cell.gates), len(cell.peepholes))
         return _kernels.pack(cell.number, raw, kind, config.threads, config.plan), raw
     if not weights.nbytes:  # none that `pack` has made
         checks.fail(ValueError, "weights", "an empty pack", "one that `pack` has made")
@@ -477,7 +477,7 @@ def _backward(
             np.empty(shapes[name], dtype)
             if name in needed and (raw is None or raw[d][p] is not None)
             else None
-            for p, name in enumerate(PARAMETERS)
+            for p, name in enumerate(cell.parameters)
         )
         for d in range(D)
     )
@@ -521,17 +521,25 @@ def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
 # ---------------------------------------------------------------------------------- by cell
 
 
-def _rnn(nonlinearity: str) -> Cell:
-    return CELLS["rnn_" + checks.choice("nonlinearity", nonlinearity, ("tanh", "relu"))]
+def lstm_cell(peephole: bool, coupled: bool) -> Cell:
+    """The row of the table that an LSTM's options ask for; so of the others. Checks these."""
+    peephole = checks.boolean("peephole", peephole)
+    return cell_of("LSTM", peephole=peephole, coupled=checks.boolean("coupled", coupled))
 
 
-def _gru(reset_after: bool) -> Cell:
-    return CELLS["gru" if checks.boolean("reset_after", reset_after) else "gru_reset_before"]
+def rnn_cell(nonlinearity: str) -> Cell:
+    word = checks.choice("nonlinearity", nonlinearity, ("tanh", "relu"))
+    return cell_of("RNN", nonlinearity=word)
+
+
+def gru_cell(reset_after: bool) -> Cell:
+    return cell_of("GRU", reset_after=checks.boolean("reset_after", reset_after))
 
 
 def lstm_forward(
     x: Any, state: Any, weights: Any, *, lengths: Any = None, batch_first: bool = False,
-    reverse: bool = False, train: bool = True, tape: str = "full",
+    reverse: bool = False, train: bool = True, tape: str = "full", peephole: bool = False,
+    coupled: bool = False,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], Tape | None]:  # fmt: skip
     """A layer of LSTM cells through time (equations: `rnnfast.reference.lstm_step`).
 
@@ -539,6 +547,8 @@ def lstm_forward(
     ([D, H] for an x of two dimensions), or None for zeros; lengths [B], the valid steps of each
     row; reverse: one direction, from each row's last valid step to its first; tape: "light" keeps
     states at some sqrt(T) steps alone, and backward computes all others again, to the same bits.
+    peephole: gates see c, through a fifth weight P [3*H], of i, f and o; coupled: the forget gate
+    is 1 - i, so that G is 3 (i g o), and P, of i and o, [2*H].
 
     Returns y [T, B, D*H] in the layout of x, zero past a row's length; (h_n, c_n), the states
     after each row's last valid step; and the tape, None without `train`. Raises TypeError,
@@ -550,17 +560,20 @@ def lstm_forward(
     >>> y.shape, h_n.shape, tape.gates.shape
     ((3, 2, 1), (1, 2, 1), (1, 3, 2, 4, 1))
     """
-    return _forward(CELLS["lstm"], x, state, weights, lengths, batch_first, reverse, train, tape)
+    cell = lstm_cell(peephole, coupled)
+    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train, tape)
 
 
 def lstm_backward(
-    tape: Tape, weights: Any, dy: Any, dstate: Any, *, need: Iterable[str] = NEEDS
-) -> Gradients:
+    tape: Tape, weights: Any, dy: Any, dstate: Any, *, need: Iterable[str] = NEEDS,
+    peephole: bool = False, coupled: bool = False,
+) -> Gradients:  # fmt: skip
     """Gradients through the call of `lstm_forward` that made `tape`, which may be used again.
 
     weights: those of the forward call; dy: shaped as y, dstate: (dh_n, dc_n) shaped as the states,
-    each may be None for zeros; need: which of "x", "state", "weight_ih", "weight_hh", "bias_ih"
-    and "bias_hh" to compute. Returns `Gradients`. Raises as `lstm_forward`.
+    each may be None for zeros; need: which of "x", "state", "weight_ih", "weight_hh", "bias_ih",
+    "bias_hh" and "weight_peephole" to compute, of those that there are; peephole, coupled: those of
+    the forward call. Returns `Gradients`. Raises as `lstm_forward`.
 
     >>> import numpy as np
     >>> weights = np.ones((4, 1)), np.ones((4, 1)), None, None
@@ -569,10 +582,12 @@ def lstm_backward(
     >>> grads.x.shape, grads.weights[0].shape, grads.state
     ((3, 2, 1), (4, 1), None)
     """
-    return _backward(CELLS["lstm"], tape, weights, dy, dstate, need)
+    return _backward(lstm_cell(peephole, coupled), tape, weights, dy, dstate, need)
 
 
-def lstm_step(x: Any, state: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
+def lstm_step(
+    x: Any, state: Any, weights: Any, *, peephole: bool = False, coupled: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """One step of an LSTM layer: x [B, I], state (h, c) each [B, H] or None -> the next (h, c).
 
     [I] and [H] without a batch. Raises as `lstm_forward`.
@@ -582,7 +597,7 @@ def lstm_step(x: Any, state: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]
     >>> h, c
     (array([0.]), array([0.]))
     """
-    return _step(CELLS["lstm"], x, state, weights)
+    return _step(lstm_cell(peephole, coupled), x, state, weights)
 
 
 def rnn_forward(
@@ -600,7 +615,7 @@ def rnn_forward(
     >>> y.tolist(), h_n.tolist()
     ([[1.0], [3.0], [7.0]], [[7.0]])
     """
-    cell = _rnn(nonlinearity)
+    cell = rnn_cell(nonlinearity)
     return _forward(cell, x, state, weights, lengths, batch_first, reverse, train, tape)
 
 
@@ -617,7 +632,7 @@ def rnn_backward(
     >>> grads.x.tolist(), grads.state.tolist()
     ([[4.0], [2.0], [1.0]], [[8.0]])
     """
-    return _backward(_rnn(nonlinearity), tape, weights, dy, dstate, need)
+    return _backward(rnn_cell(nonlinearity), tape, weights, dy, dstate, need)
 
 
 def rnn_step(x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh") -> np.ndarray:
@@ -628,7 +643,7 @@ def rnn_step(x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh") ->
     >>> rnn_step(np.ones(1), np.ones(1), weights, nonlinearity="relu")
     array([3.])
     """
-    return _step(_rnn(nonlinearity), x, state, weights)
+    return _step(rnn_cell(nonlinearity), x, state, weights)
 
 
 def gru_forward(
@@ -646,7 +661,7 @@ def gru_forward(
     >>> y.shape, h_n.shape, tape.gates.shape
     ((2, 4, 1), (1, 4, 1), (1, 2, 4, 4, 1))
     """
-    cell = _gru(reset_after)
+    cell = gru_cell(reset_after)
     return _forward(cell, x, state, weights, lengths, batch_first, reverse, train, tape)
 
 
@@ -662,7 +677,7 @@ def gru_backward(
     >>> gru_backward(tape, weights, np.ones_like(y), None, need="state").state.shape
     (1, 4, 1)
     """
-    return _backward(_gru(reset_after), tape, weights, dy, dstate, need)
+    return _backward(gru_cell(reset_after), tape, weights, dy, dstate, need)
 
 
 def gru_step(x: Any, state: Any, weights: Any, *, reset_after: bool = True) -> np.ndarray:
@@ -672,4 +687,4 @@ def gru_step(x: Any, state: Any, weights: Any, *, reset_after: bool = True) -> n
     >>> gru_step(np.zeros((2, 1)), None, (np.ones((3, 1)), np.ones((3, 1)), None, None)).shape
     (2, 1)
     """
-    return _step(_gru(reset_after), x, state, weights)
+    return _step(gru_cell(reset_after), x, state, weights)

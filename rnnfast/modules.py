@@ -12,12 +12,12 @@ import os
 import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from . import _kernels, checks, config, functional, stack, storage
-from .cells import CELLS, PARAMETERS, Cell
+from .cells import Cell
 from .functional import (
     BACKWARD,
     FORWARD,
@@ -34,6 +34,7 @@ from .parameters import (
     aligned,
     assign,
     module_bytes,
+    names_of,
     parameter_shapes,
     size,
     views_of,
@@ -82,6 +83,8 @@ class Recurrent:
     """
 
     _file_name: str
+    # Arguments that files of older versions lack, and what they mean then.
+    _later: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
     def _cell_of(arguments: dict[str, Any]) -> Cell:
@@ -129,9 +132,13 @@ class Recurrent:
             bound = 1 / np.sqrt(H)
             random = np.random.default_rng(arguments["seed"])
             self._flat[...] = random.uniform(-bound, bound, numbers)
+            self._fill_more()
         self._built = True
 
     _built = False
+
+    def _fill_more(self) -> None:
+        """Initial values of a class's own, after the random ones."""
 
     def __getattr__(self, name: str) -> Any:
         """Asked last: of a method's own attributes, only where `_build` did not run to its end."""
@@ -140,12 +147,10 @@ class Recurrent:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _by_layer(self, views: dict[str, np.ndarray]) -> tuple:
-        """For each layer, for each direction, (W, R, b_ih, b_hh)."""
-        _, _, L, D = self._sizes
+        """For each layer, for each direction, its parameters, None for a bias that is not there."""
+        (_, _, L, D), names = self._sizes, self._cell.parameters
         return tuple(
-            tuple(
-                tuple(views.get(f"{name}_l{layer}{end}") for name in PARAMETERS) for end in ENDS[:D]
-            )
+            tuple(tuple(views.get(f"{name}_l{layer}{end}") for name in names) for end in ENDS[:D])
             for layer in range(L)
         )
 
@@ -512,7 +517,7 @@ class Recurrent:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         try:
-            self._build(state["arguments"], fill=False)
+            self._build({**self._later, **state["arguments"]}, fill=False)
             self.flat, self.flat_grads = state["flat"], state["flat_grads"]
             self.dropout_calls = state["dropout_calls"]
             if state["frozen"]:
@@ -537,9 +542,9 @@ class Recurrent:
 
     def __repr__(self) -> str:
         shown = {
-            name: value
-            for name, value in self._arguments.items()
-            if name in DEFAULTS and value != DEFAULTS[name]
+            name: self._arguments[name]
+            for name, usual in DEFAULTS.items()
+            if name in self._arguments and self._arguments[name] != usual
         }
         words = [str(self.input_size), str(self.hidden_size)]
         words += [f"{name}={value!r}" for name, value in shown.items()]
@@ -550,7 +555,8 @@ class Recurrent:
 
 DEFAULTS = {
     "num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "dropout": 0.0,
-    "bidirectional": False, "proj_size": 0, "reset_after": True,
+    "bidirectional": False, "proj_size": 0, "peephole": False, "coupled": False,
+    "forget_bias": None, "reset_after": True,
 }  # fmt: skip
 
 
@@ -605,15 +611,17 @@ class RNN(Recurrent):
 
     @staticmethod
     def _cell_of(arguments: dict[str, Any]) -> Cell:
-        word = checks.choice("nonlinearity", arguments["nonlinearity"], ("tanh", "relu"))
-        return CELLS[f"rnn_{word}"]
+        return functional.rnn_cell(arguments["nonlinearity"])
 
 
 class LSTM(Recurrent):
     """A stack of layers of long short-term memory, gates i f g o as in torch.nn.LSTM.
 
-    Arguments as of `RNN`, without nonlinearity; proj_size is not built yet, so 0. The states are
-    a pair, (h, c).
+    Arguments as of `RNN`, without nonlinearity; proj_size is not built yet, so 0. peephole: the
+    gates i and f see the c before the step and o the one after it, each unit through a weight of
+    its own (`weight_peephole`, in this order). coupled: the forget gate is 1 - i, and has no
+    parameters (CIFG); gates i g o. forget_bias: what the biases of the forget gate sum up to at
+    first, 1 to remember from the start, or None for random ones. The states are a pair, (h, c).
 
     >>> lstm = LSTM(3, 5, num_layers=2, bidirectional=True)
     >>> y, (h_n, c_n) = lstm(np.zeros((7, 2, 3), np.float32), lengths=[7, 4])
@@ -622,17 +630,20 @@ class LSTM(Recurrent):
     """
 
     _file_name = "LSTM"
+    _later: ClassVar[dict[str, Any]] = {"peephole": False, "coupled": False, "forget_bias": None}
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-        proj_size: int = 0, *, dtype: Any = np.float32, seed: int | None = None,
+        proj_size: int = 0, *, peephole: bool = False, coupled: bool = False,
+        forget_bias: float | None = None, dtype: Any = np.float32, seed: int | None = None,
     ) -> None:  # fmt: skip
         self._build(
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
-                proj_size=proj_size, dtype=dtype, seed=seed,
+                proj_size=proj_size, peephole=peephole, coupled=coupled, forget_bias=forget_bias,
+                dtype=dtype, seed=seed,
             )
         )  # fmt: skip
 
@@ -641,7 +652,29 @@ class LSTM(Recurrent):
         size = checks.integer("proj_size", arguments["proj_size"], 0)
         if size:
             checks.fail(ValueError, "proj_size", str(size), "0: projections are not built yet")
-        return CELLS["lstm"]
+        cell = functional.lstm_cell(arguments["peephole"], arguments["coupled"])
+        if arguments["forget_bias"] is not None:
+            value = checks.finite("forget_bias", arguments["forget_bias"], arguments["dtype"])
+            arguments["forget_bias"] = value
+            if "f" not in cell.gates:
+                needs = "None: a coupled LSTM's forget gate has no bias"
+                checks.fail(ValueError, "forget_bias", str(value), needs)
+            if not arguments["bias"]:
+                checks.fail(ValueError, "forget_bias", str(value), "None where bias is False")
+        return cell
+
+    def _fill_more(self) -> None:
+        value = self._arguments["forget_bias"]
+        if value is None:
+            return
+        at = self._cell.gates.index("f") * self.hidden_size
+        for name, bias in self._params.items():
+            if name.startswith("bias"):
+                bias[at : at + self.hidden_size] = value if name.startswith("bias_ih") else 0
+
+    peephole = _argument("peephole", "Whether gates see c.")
+    coupled = _argument("coupled", "Whether the forget gate is 1 - i.")
+    forget_bias = _argument("forget_bias", "What the forget gate's biases summed up to at first.")
 
 
 class GRU(Recurrent):
@@ -673,8 +706,7 @@ class GRU(Recurrent):
 
     @staticmethod
     def _cell_of(arguments: dict[str, Any]) -> Cell:
-        after = checks.boolean("reset_after", arguments["reset_after"])
-        return CELLS["gru" if after else "gru_reset_before"]
+        return functional.gru_cell(arguments["reset_after"])
 
 
 def load(path: Any) -> RNN | LSTM | GRU:
@@ -688,11 +720,11 @@ def load(path: Any) -> RNN | LSTM | GRU:
     classes = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU}
     try:
         cls = classes[checks.choice("class", header["class"], classes)]
-        arguments = _checked(header["arguments"])
+        arguments = _checked({**cls._later, **header["arguments"]})
         cell = cls._cell_of(arguments)
         calls = checks.integer("dropout_calls", header["dropout_calls"], 0)
         L, D = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
-        per_direction = 4 if arguments["bias"] else 2
+        per_direction = len(names_of(cell, arguments["bias"]))
         if len(arrays) != L * D * per_direction:  # before L is used to make as many names
             needs = f"the {L * D * per_direction} of its module"
             checks.fail(ValueError, "parameters", f"{len(arrays)} entries", needs)

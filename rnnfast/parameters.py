@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import checks
-from .cells import PARAMETERS, Cell
+from .cells import Cell
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 ENDS = ("", "_reverse")  # of the parameters' names, by direction
@@ -66,10 +66,15 @@ def assign(name: str, flat: np.ndarray, value: Any) -> None:
         flat[...] = checks.exact(name, value, flat.dtype, flat.shape, "all parameters")
 
 
+def names_of(cell: Cell, bias: bool) -> tuple[str, ...]:
+    """Names of one layer's parameters in one direction, without biases if there are none."""
+    return tuple(name for name in cell.parameters if bias or not name.startswith("bias"))
+
+
 def parameter_shapes(
     cell: Cell, I: int, H: int, L: int, D: int, bias: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of a stack's parameters, by PyTorch's names and in PyTorch's order.
+    """Shapes of a stack's parameters; those that PyTorch has, by its names and in its order.
 
     >>> from rnnfast.cells import CELLS
     >>> parameter_shapes(CELLS["lstm"], 3, 5, 1, 1, False)
@@ -79,7 +84,7 @@ def parameter_shapes(
     for layer in range(L):
         own = cell.weight_shapes(D * H if layer else I, H)
         for end in ENDS[:D]:
-            for name in PARAMETERS if bias else PARAMETERS[:2]:
+            for name in names_of(cell, bias):
                 shapes[f"{name}_l{layer}{end}"] = own[name]
     return shapes
 
@@ -91,9 +96,9 @@ def size(shape: tuple[int, ...]) -> int:
 def module_bytes(cell: Cell, I: int, H: int, L: int, D: int, bias: bool) -> int:
     """Bytes, at least, that a module will take; by formula, as L may be anything yet."""
     rows = len(cell.gates) * H
-    per_direction = rows * (H + 2 * bias)
+    per_direction = rows * (H + 2 * bias) + len(cell.peepholes) * H
     numbers = D * (L * per_direction + rows * I + (L - 1) * rows * D * H)
-    views = 6 * 100 * L * D * (4 if bias else 2)  # three views of each parameter and gradient
+    views = 6 * 100 * L * D * len(names_of(cell, bias))  # three of each parameter and gradient
     return 2 * 8 * numbers + views
 
 

@@ -64,6 +64,8 @@ def relu(z):
 # A step:       x [n, I], states before (each [n, H]), weights -> states after, gates for the tape.
 # Its backward: d(states after), gates, states before, states after, R
 #               -> dz_x, dz_h [n, G*H], d(states before), dR [G*H, H]
+# Where a cell has peepholes, P [p*H], one weight for each unit, is the last argument of both, and
+# dP the last result of the latter.
 # where z_x = x W^T + b_ih is what comes from the input and z_h = h R^T + b_hh what comes from the
 # state. The input's side is the same for all cells and left to `backward`:
 # dx = dz_x W, dW = dz_x^T x, db_ih = sum(dz_x), db_hh = sum(dz_h).
@@ -139,6 +141,85 @@ def lstm_step_backward(d_after, gates, before, after, R):
     return dz, dz, (dz @ R, dc * f), dz.T @ h
 
 
+def lstm_peephole_step(x, before, W, R, b_ih, b_hh, P):
+    """LSTM whose gates see c: i and f the one before the step, o the one after it.
+
+    Gers and Schmidhuber, "Recurrent nets that time and count", 2000; P is p_i, p_f, p_o.
+    """
+    h, c = before
+    p_i, p_f, p_o = np.split(P, 3)
+    z_i, z_f, z_g, z_o = split(x @ W.T + b_ih + h @ R.T + b_hh, 4)
+    i, f, g = sigmoid(z_i + p_i * c), sigmoid(z_f + p_f * c), tanh(z_g)
+    c_new = f * c + i * g
+    o = sigmoid(z_o + p_o * c_new)
+    h_new = o * tanh(c_new)
+    return (h_new, c_new), (i, f, g, o)
+
+
+def lstm_peephole_step_backward(d_after, gates, before, after, R, P):
+    (dh_new, dc_new), (i, f, g, o), (h, c), (_, c_new) = d_after, gates, before, after
+    p_i, p_f, p_o = np.split(P, 3)
+    tanh_c = tanh(c_new)
+    dz_o = dh_new * tanh_c * o * (1 - o)
+    dc = dc_new + dh_new * o * (1 - tanh_c) * (1 + tanh_c) + dz_o * p_o
+    dz_i = dc * g * i * (1 - i)
+    dz_f = dc * c * f * (1 - f)
+    dz_g = dc * i * (1 - g) * (1 + g)
+    dz = join(dz_i, dz_f, dz_g, dz_o)
+    dP = join(dz_i * c, dz_f * c, dz_o * c_new).sum(axis=0)
+    return dz, dz, (dz @ R, dc * f + dz_i * p_i + dz_f * p_f), dz.T @ h, dP
+
+
+def lstm_coupled_step(x, before, W, R, b_ih, b_hh):
+    """LSTM that forgets what it takes in: f = 1 - i, gate order i g o.
+
+    The variant "CIFG" of Greff et al., "LSTM: a search space odyssey", arXiv 1503.04069; ONNX's
+    input_forget.
+    """
+    h, c = before
+    z_i, z_g, z_o = split(x @ W.T + b_ih + h @ R.T + b_hh, 3)
+    i, g, o = sigmoid(z_i), tanh(z_g), sigmoid(z_o)
+    c_new = (1 - i) * c + i * g
+    h_new = o * tanh(c_new)
+    return (h_new, c_new), (i, g, o)
+
+
+def lstm_coupled_step_backward(d_after, gates, before, after, R):
+    (dh_new, dc_new), (i, g, o), (h, c), (_, c_new) = d_after, gates, before, after
+    tanh_c = tanh(c_new)
+    dc = dc_new + dh_new * o * (1 - tanh_c) * (1 + tanh_c)
+    dz_i = dc * (g - c) * i * (1 - i)
+    dz_g = dc * i * (1 - g) * (1 + g)
+    dz_o = dh_new * tanh_c * o * (1 - o)
+    dz = join(dz_i, dz_g, dz_o)
+    return dz, dz, (dz @ R, dc * (1 - i)), dz.T @ h
+
+
+def lstm_coupled_peephole_step(x, before, W, R, b_ih, b_hh, P):
+    """Both: f = 1 - i, where i sees the c before the step and o the one after; P is p_i, p_o."""
+    h, c = before
+    p_i, p_o = np.split(P, 2)
+    z_i, z_g, z_o = split(x @ W.T + b_ih + h @ R.T + b_hh, 3)
+    i, g = sigmoid(z_i + p_i * c), tanh(z_g)
+    c_new = (1 - i) * c + i * g
+    o = sigmoid(z_o + p_o * c_new)
+    h_new = o * tanh(c_new)
+    return (h_new, c_new), (i, g, o)
+
+
+def lstm_coupled_peephole_step_backward(d_after, gates, before, after, R, P):
+    (dh_new, dc_new), (i, g, o), (h, c), (_, c_new) = d_after, gates, before, after
+    p_i, p_o = np.split(P, 2)
+    tanh_c = tanh(c_new)
+    dz_o = dh_new * tanh_c * o * (1 - o)
+    dc = dc_new + dh_new * o * (1 - tanh_c) * (1 + tanh_c) + dz_o * p_o
+    dz_i = dc * (g - c) * i * (1 - i)
+    dz_g = dc * i * (1 - g) * (1 + g)
+    dz = join(dz_i, dz_g, dz_o)
+    dP = join(dz_i * c, dz_o * c_new).sum(axis=0)
+    return dz, dz, (dz @ R, dc * (1 - i) + dz_i * p_i), dz.T @ h, dP
+
+
 def gru_step(x, before, W, R, b_ih, b_hh):
     """Gated recurrent unit, reset after the product: r scales R_n h + b_hn, kept as `hn`.
 
@@ -208,6 +289,11 @@ EQUATIONS = {
     "rnn_tanh": Equations(rnn_tanh_step, rnn_tanh_step_backward, 1, 0),
     "rnn_relu": Equations(rnn_relu_step, rnn_relu_step_backward, 1, 0),
     "lstm": Equations(lstm_step, lstm_step_backward, 2, 4),
+    "lstm_peephole": Equations(lstm_peephole_step, lstm_peephole_step_backward, 2, 4),
+    "lstm_coupled": Equations(lstm_coupled_step, lstm_coupled_step_backward, 2, 3),
+    "lstm_coupled_peephole": Equations(
+        lstm_coupled_peephole_step, lstm_coupled_peephole_step_backward, 2, 3
+    ),
     "gru": Equations(gru_step, gru_step_backward, 1, 4),
     "gru_reset_before": Equations(gru_reset_before_step, gru_reset_before_step_backward, 1, 3),
 }
@@ -242,9 +328,9 @@ def forward(cell, x, state, weights, *, lengths=None, reverse=False):
     """One layer in one direction through time.
 
     cell: a name in EQUATIONS; x [T, B, I]; state: the initial states, each [B, H] (h, and for the
-    LSTM c), or None for zeros; weights: (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]), a bias
-    may be None; lengths [B], each in 0..T, or None for T; reverse: from each row's last valid step
-    to its first.
+    LSTM c), or None for zeros; weights: (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]), and P
+    [p*H] of a cell with peepholes; a bias may be None; lengths [B], each in 0..T, or None for T;
+    reverse: from each row's last valid step to its first.
 
     Returns y [T, B, H], zeros past a row's length; the states after each row's last valid step,
     each [B, H] (its initial ones if its length is 0); and the tape, a dict of gates [T, B, Gt, H]
@@ -258,12 +344,12 @@ def forward(cell, x, state, weights, *, lengths=None, reverse=False):
     """
     step, _, n_states, n_gates = EQUATIONS[cell]
     T, B, _ = x.shape
-    W, R, b_ih, b_hh = weights
+    W, R, b_ih, b_hh, *P = weights
     H = R.shape[1]
     given = [a for a in (x, *weights, *(state or ())) if a is not None]
     dtype = np.result_type(*given)
     zero_bias = np.zeros(len(R), dtype)
-    weights = W, R, zero_bias if b_ih is None else b_ih, zero_bias if b_hh is None else b_hh
+    weights = W, R, zero_bias if b_ih is None else b_ih, zero_bias if b_hh is None else b_hh, *P
 
     y = np.zeros((T, B, H), dtype)
     gates = np.full((T, B, n_gates, H), np.nan, dtype)
@@ -294,7 +380,8 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
     forward's results, either may be None for zeros (Werbos, "Backpropagation through time", 1990).
 
     Returns a dict: x [T, B, I] (zeros past a row's length), state (a tuple of [B, H], by the
-    initial states), weight_ih, weight_hh, and bias_ih, bias_hh (None where the bias is).
+    initial states), weight_ih, weight_hh, bias_ih, bias_hh (None where the bias is), and
+    weight_peephole of a cell that has it.
 
     >>> weights = np.array([[1.0]]), np.array([[2.0]]), None, None
     >>> x = np.ones((3, 1, 1))
@@ -305,11 +392,12 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
     """
     _, step_backward, n_states, n_gates = EQUATIONS[cell]
     T, B, _ = x.shape
-    W, R, b_ih, b_hh = weights
+    W, R, b_ih, b_hh, *P = weights
     states = [tape["h"], tape["c"]][:n_states]
     dtype = states[0].dtype
     dx, dW, dR = np.zeros(x.shape, dtype), np.zeros(W.shape, dtype), np.zeros(R.shape, dtype)
     db_ih, db_hh = np.zeros(len(W), dtype), np.zeros(len(R), dtype)
+    dP = [np.zeros(p.shape, dtype) for p in P]
     # By the states of each row at the step the walk has reached. A row joins in at its last step.
     d_states = [np.zeros(states[0].shape[1:], dtype) for _ in states]
     for i, d_last in enumerate(dstate or ()):
@@ -322,7 +410,7 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
         gates = tuple(tape["gates"][s, rows, i] for i in range(n_gates))
         before = tuple(sequence[s, rows] for sequence in states)
         after = tuple(sequence[s + 1, rows] for sequence in states)
-        dz_x, dz_h, d_before, dR_s = step_backward(d_after, gates, before, after, R)
+        dz_x, dz_h, d_before, dR_s, *dP_s = step_backward(d_after, gates, before, after, R, *P)
         for d, value in zip(d_states, d_before, strict=True):
             d[rows] = value
         dx[t, rows] = dz_x @ W
@@ -330,7 +418,10 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
         dR += dR_s
         db_ih += dz_x.sum(axis=0)
         db_hh += dz_h.sum(axis=0)
+        for total, part in zip(dP, dP_s, strict=True):
+            total += part
 
+    peepholes = {"weight_peephole": dP[0]} if dP else {}
     return dict(
         x=dx,
         state=tuple(d_states),
@@ -338,6 +429,7 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
         weight_hh=dR,
         bias_ih=None if b_ih is None else db_ih,
         bias_hh=None if b_hh is None else db_hh,
+        **peepholes,
     )
 
 
@@ -358,10 +450,18 @@ def stack_names(params):
 def stack_weights(params, end):
     """(W, R, b_ih, b_hh) of the layer and direction whose names end so; None where absent.
 
+    P is the fifth, if there is one.
+
     >>> stack_weights({"weight_ih_l0": 1, "weight_hh_l0": 2}, "_l0")
     (1, 2, None, None)
     """
-    return tuple(params.get(p + end) for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+    weights = tuple(params.get(name + end) for name in names)
+    return (
+        (*weights, params["weight_peephole" + end])
+        if "weight_peephole" + end in params
+        else weights
+    )
 
 
 def stack_forward(cell, x, state, params, *, lengths=None, masks=None):

@@ -16,7 +16,7 @@ from rnnfast.cells import CELLS
 
 DTYPES = ("float32", "float64")
 DIRECTIONS = ("forward", "reverse", "bidirectional")
-PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peephole")
 # Runs remembered: the shapes times the kinds of lengths, with which tests walk through the isas.
 CACHED = 128
 
@@ -61,6 +61,8 @@ SHAPES = tuple(
         (2, 10, 65, 72),
     )
 )
+# Draws whose dx, of one number, cancels to a 230th of its terms by chance: it says nothing of them.
+CANCELLING = {("lstm_coupled", "reverse", SHAPES[0], "uneven", "default", 0)}
 LENGTHS = ("none", "uneven", "with zero", "all zero")
 WEIGHTS = ("default", "hard")
 LOSSES = ("both", "y", "state")  # by what the loss depends on: dy and dstate, or one of them
@@ -80,7 +82,9 @@ def make_lengths(kind, T, B, rng):
 
 
 def make_weights(cell, I, H, rng, *, bias=True, kind="default"):
-    """(W, R, b_ih, b_hh) in float64, unequal in every gate (equal ones hide a wrong order).
+    """(W, R, b_ih, b_hh), and P of a cell with peepholes, in float64, unequal in every gate.
+
+    Equal ones would hide a wrong order.
 
     "default" is the initialisation of the modules, U(±1/sqrt(H)). "hard" is 4 times that, with
     biases in ±3: gates saturate, cells add up, gradients grow or vanish.
@@ -93,7 +97,7 @@ def make_weights(cell, I, H, rng, *, bias=True, kind="default"):
             arrays[name] *= 3 / limit if name.startswith("bias") else 4
     if not bias:
         arrays["bias_ih"] = arrays["bias_hh"] = None
-    return tuple(arrays[name] for name in PARAMETERS)
+    return tuple(arrays[name] for name in PARAMETERS if name in arrays)
 
 
 def past_lengths(lengths, T, B):
@@ -158,6 +162,8 @@ def make_inputs(case):
     D = case.directions
     # By what the numbers depend on, so that neither dtype nor isa changes them.
     key = (case.cell, case.direction, case.shape, case.lengths, case.weights, case.seed)
+    if key in CANCELLING:
+        key = (*key, "again")
     rng = np.random.default_rng(zlib.crc32(repr(key).encode()))
 
     def cast(array):
@@ -227,7 +233,7 @@ def run_reference(case, dtype="float64"):
     if CELLS[case.cell].tape_gates:
         out["tape_gates"] = np.nan_to_num(np.stack([tape["gates"] for tape in tapes]))
     for d, (_, grads) in enumerate(runs):
-        out |= {f"{p}[{d}]": grads[p] for p in PARAMETERS if grads[p] is not None}
+        out |= {f"{p}[{d}]": grads[p] for p in PARAMETERS if grads.get(p) is not None}
     for array in out.values():
         array.flags.writeable = False
     return out
@@ -235,7 +241,8 @@ def run_reference(case, dtype="float64"):
 
 def gradients(case):
     """Names of all gradients of a case, as in `run_reference`."""
-    parameters = PARAMETERS if case.bias else PARAMETERS[:2]
+    own = CELLS[case.cell].parameters
+    parameters = own if case.bias else [p for p in own if not p.startswith("bias")]
     return (
         "dx",
         *(f"d{name}_0" for name in case.states),
@@ -308,7 +315,7 @@ def run_kernel(
         grads[name] = sequence(I) if name == "dx" else new(D, B, H)
         if "[" in name:
             grads[name] = new(*shapes[name.partition("[")[0]])
-    weights = tuple(tuple(grads.get(f"{p}[{d}]") for p in PARAMETERS) for d in range(D))
+    weights = tuple(tuple(grads.get(f"{p}[{d}]") for p in cell.parameters) for d in range(D))
     if all(array is None for one in weights for array in one):
         weights = None
     pack = _kernels.pack(cell.number, given.weights, _kernels.BACKWARD, threads, 0)
@@ -332,17 +339,20 @@ def tape_padding(name, case, lengths):
     return np.concatenate([first, past_lengths(lengths, T, B)])
 
 
-def make_module(cell, input_size, hidden_size, num_layers=1, **options):
+def options_of(cell):
+    """The kind of a cell, as functions and modules are named, and its options there.
+
+    >>> options_of("gru_reset_before")
+    ('gru', {'reset_after': False})
+    """
+    row = CELLS[cell]
+    return row.kind.lower(), dict(row.options)
+
+
+def make_module(cell, input_size, hidden_size, num_layers=1, **others):
     """The module of a cell: rnnfast.RNN, LSTM or GRU."""
-    if cell.startswith("rnn_"):
-        return rnnfast.RNN(
-            input_size, hidden_size, num_layers, nonlinearity=cell.removeprefix("rnn_"), **options
-        )
-    if cell == "lstm":
-        return rnnfast.LSTM(input_size, hidden_size, num_layers, **options)
-    return rnnfast.GRU(
-        input_size, hidden_size, num_layers, reset_after=cell != "gru_reset_before", **options
-    )
+    kind, options = options_of(cell)
+    return getattr(rnnfast, kind.upper())(input_size, hidden_size, num_layers, **options, **others)
 
 
 def as_tuple(state):

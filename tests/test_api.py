@@ -14,6 +14,7 @@ import textwrap
 
 import numpy as np
 import pytest
+from cases import make_module, options_of
 
 import rnnfast
 from rnnfast import functional
@@ -351,25 +352,65 @@ def test_masks_do_not_depend_on_batch_first():
     assert bits(y2.swapaxes(0, 1).copy()) == bits(y)
 
 
+# ------------------------------------------------------------------------------ an LSTM's options
+
+
+def test_variants_have_their_own_parameters():
+    for options, gates, peepholes in (
+        ({"peephole": True}, 4, 3), ({"coupled": True}, 3, 0),
+        ({"peephole": True, "coupled": True}, 3, 2),
+    ):  # fmt: skip
+        lstm = rnnfast.LSTM(I, H, 2, bidirectional=True, **options)
+        assert lstm.params["weight_ih_l1_reverse"].shape == (gates * H, 2 * H)
+        names = [name for name in lstm.params if "peephole" in name]
+        assert len(names) == 4 * bool(peepholes)
+        for name in names:
+            assert lstm.params[name].shape == (peepholes * H,)
+            assert 0 < np.abs(lstm.params[name]).max() <= H**-0.5
+        want = ", ".join(f"{name}=True" for name in options)
+        assert repr(lstm) == f"LSTM({I}, {H}, num_layers=2, bidirectional=True, {want})"
+        assert (lstm.peephole, lstm.coupled) == ("peephole" in options, "coupled" in options)
+
+
+def test_weights_of_another_variant_are_refused():
+    x, plain = random(T, B, I), tuple(rnnfast.LSTM(I, H).params.values())
+    peephole = tuple(rnnfast.LSTM(I, H, peephole=True).params.values())
+    with pytest.raises(ValueError, match=r"^weights: .*; needs \(W, R, b_ih, b_hh, P\), a pair"):
+        functional.lstm_forward(x, None, plain, peephole=True)
+    with pytest.raises(ValueError, match=r"^weights: .*; needs \(W, R, b_ih, b_hh\), a pair"):
+        functional.lstm_forward(x, None, peephole)
+    with pytest.raises(TypeError, match=r"^weights \(P\): got None"):
+        functional.lstm_forward(x, None, (*plain, None), peephole=True)
+    with pytest.raises(ValueError, match=r"^weights \(R\): got shape .*needs \[3\*H, H\]"):
+        functional.lstm_forward(x, None, plain, coupled=True)
+    _, _, tape = functional.lstm_forward(x, None, peephole, peephole=True)
+    with pytest.raises(ValueError, match=r"^tape: got one of cell 'lstm_peephole'; needs one of"):
+        functional.lstm_backward(tape, plain, None, None)
+
+
+def test_forget_bias():
+    without = rnnfast.LSTM(I, H, 2, bidirectional=True, seed=3)
+    lstm = rnnfast.LSTM(I, H, 2, bidirectional=True, seed=3, forget_bias=1.5)
+    forget = slice(H, 2 * H)
+    for name, array in lstm.params.items():
+        other = without.params[name].copy()
+        if name.startswith("bias"):
+            other[forget] = 1.5 if "ih" in name else 0
+        assert bits(array) == bits(other), name
+    assert lstm.forget_bias == 1.5 and "forget_bias=1.5" in repr(lstm)
+    for options, needs in (({"coupled": True}, "a coupled"), ({"bias": False}, "where bias is")):
+        with pytest.raises(ValueError, match=f"^forget_bias: got 1.0; needs None.*{needs}"):
+            rnnfast.LSTM(I, H, forget_bias=1, **options)
+
+
 # ------------------------------------------------------------------------------------- functional
-
-
-FUNCTIONS = {
-    "rnn_tanh": ("rnn", {}, lambda: rnnfast.RNN(I, H, seed=1)),
-    "rnn_relu": ("rnn", {"nonlinearity": "relu"},
-                 lambda: rnnfast.RNN(I, H, nonlinearity="relu", seed=1)),
-    "lstm": ("lstm", {}, lambda: rnnfast.LSTM(I, H, seed=1)),
-    "gru": ("gru", {}, lambda: rnnfast.GRU(I, H, seed=1)),
-    "gru_reset_before": ("gru", {"reset_after": False},
-                         lambda: rnnfast.GRU(I, H, reset_after=False, seed=1)),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_functions_have_the_modules_bits(cell, packed):
-    stem, options, make = FUNCTIONS[cell]
-    module = make()
+    stem, options = options_of(cell)
+    module = make_module(cell, I, H, seed=1)
     forward, backward, step = (
         getattr(functional, f"{stem}_{verb}") for verb in ("forward", "backward", "step")
     )
@@ -393,10 +434,10 @@ def test_functions_have_the_modules_bits(cell, packed):
     state, ys = None, []
     for x_t in x:
         state = step(x_t, state, for_forward, **options)
-        ys.append(state[0] if cell == "lstm" else state)
+        ys.append(state[0] if stem == "lstm" else state)
     assert bits(np.stack(ys)) == bits(module(x)[0])
     single = step(x[0, 0], None, for_forward, **options)
-    first = single[0] if cell == "lstm" else single
+    first = single[0] if stem == "lstm" else single
     assert bits(first) == bits(ys[0][0])
 
 
@@ -416,7 +457,7 @@ def test_only_what_is_needed_is_computed():
             else:
                 assert got is None
         for name, got, want in zip(
-            functional.PARAMETERS, grads.weights, everything.weights, strict=True
+            CELLS["lstm"].parameters, grads.weights, everything.weights, strict=True
         ):
             if name in need and want is not None:
                 assert bits(got) == bits(want)

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cases import options_of
 
 import rnnfast
 from rnnfast import functional
+from rnnfast.cells import CELLS
 
 SECONDS = 20  # for one case; they take a thousandth of a second
 ADDRESS_SPACE = 6 * 2**30  # so that a giant request fails here as on a machine that refuses it
@@ -530,12 +532,13 @@ def call_targets(module, label, rng):
 
 def functional_targets():
     rng = np.random.default_rng(6)
-    rows = {"rnn": 1, "lstm": 4, "gru": 3}
-    for cell, gates in rows.items():
-        pair = cell == "lstm"
-        forward = getattr(functional, f"{cell}_forward")
-        backward = getattr(functional, f"{cell}_backward")
-        step = getattr(functional, f"{cell}_step")
+    for cell in ("rnn_tanh", "lstm", "lstm_coupled_peephole", "gru"):
+        row, (kind, options) = CELLS[cell], options_of(cell)
+        pair, gates = kind == "lstm", len(row.gates)
+        forward, backward, step = (
+            partial(getattr(functional, f"{kind}_{verb}"), **options)
+            for verb in ("forward", "backward", "step")
+        )
 
         def random(*shape):
             return rng.normal(size=shape).astype(np.float32)
@@ -544,18 +547,22 @@ def functional_targets():
             "W": random(gates * H, I), "R": random(gates * H, H),
             "b_ih": random(gates * H), "b_hh": random(gates * H),
         }  # fmt: skip
+        if row.peepholes:
+            weights["P"] = random(len(row.peepholes) * H)
         states = {"h": random(1, B, H), "c": random(1, B, H)} if pair else {"h": random(1, B, H)}
 
         def together(a, pair=pair):
             return (a["h"], a["c"]) if pair else a["h"]
 
-        def tuple_of(a):
-            return a["W"], a["R"], a["b_ih"], a["b_hh"]
+        def tuple_of(a, names=tuple(weights)):
+            return tuple(a[name] for name in names)
 
         def flat(state, pair=pair):
             return list(state) if pair else [state]
 
-        def run(a, forward=forward, backward=backward, together=together, flat=flat):
+        def run(
+            a, forward=forward, backward=backward, together=together, flat=flat, tuple_of=tuple_of
+        ):
             y, state, tape = forward(a["x"], together(a), tuple_of(a))
             grads = backward(tape, tuple_of(a), a["dy"], None)
             return [y, *flat(state), grads.x, *flat(grads.state), *grads.weights]
@@ -571,13 +578,14 @@ def functional_targets():
             {
                 "x": (1, 2), "dy": (0, 1, 2), "h": (0, 1, 2), "c": (0, 1, 2),
                 "W": (0, 1), "R": (0, 1), "b_ih": (0,), "b_hh": (0,),
+                **({"P": (0,)} if row.peepholes else {}),
             },
             {"x": ("x:", "state (h"), "dy": ("dy:",), **state_names, **weight_names},
             optional=("dy", "b_ih", "b_hh") if pair else ("dy", "b_ih", "b_hh", "h"),
             twice=tuple(weights),
         )  # fmt: skip
 
-        def one(a, step=step, together=together, flat=flat, weights=weights):
+        def one(a, step=step, together=together, flat=flat, weights=weights, tuple_of=tuple_of):
             return flat(step(a["x"], together(a), tuple_of({**weights, **a})))
 
         yield Target(
@@ -815,10 +823,25 @@ TAKES = {
     "batch_first": FLAG,
     "bidirectional": FLAG,
     "reset_after": FLAG,
+    "peephole": FLAG,
+    "coupled": FLAG,
+    "forget_bias": (
+        "-1",
+        "0",
+        "2**31",
+        "2**63",
+        "2**64",
+        "-2**63",
+        "1.5",
+        "1.0",
+        "float32 of 3",
+        "None",
+    ),
     "nonlinearity": (),
     "dtype": ("float32 of 3",),  # NumPy takes a scalar for its dtype
 }
-OWN = {"nonlinearity": "RNN", "proj_size": "LSTM", "reset_after": "GRU"}
+OWN = {"nonlinearity": "RNN", "reset_after": "GRU"}
+OWN |= dict.fromkeys(("proj_size", "peephole", "coupled", "forget_bias"), "LSTM")
 SIZES = {
     "a product over 2**63": (2**40, 2**40, 1),
     "just over 2**63": (2**21, 2**21, 2**21),
@@ -830,6 +853,7 @@ SIZES = {
 WORDS = {
     "dtype": (">f4", "f2", "i4", "float33", "None", np.longdouble, [("a", "f4")]),
     "dropout": (-0.1, 1.01, 2, 1e300),
+    "forget_bias": (1e39, "nan"),
 }
 
 
@@ -854,7 +878,7 @@ def constructor_cases():
             label = f"{name} / sizes / {label}"
             yield refusal(label, "hidden_size", cls, *sizes, errors=ALLOWED)
         for argument, values in WORDS.items():
-            for value in values:
+            for value in values if OWN.get(argument, name) == name else ():
                 call = partial(make, cls, argument, value)
                 yield refusal(f"{name} / {argument} / {value}", argument, call)
     for value in ("sigmoid", "Tanh"):

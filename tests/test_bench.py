@@ -22,7 +22,7 @@ import tolerances
 import rnnfast.bench
 from rnnfast import cli
 from rnnfast.bench import compare, figures, measure, models, overhead, report, suite, worker
-from rnnfast.bench.libraries import BANDWIDTH, DROP_IN, OURS, PEAK, PEERS, library, machine
+from rnnfast.bench.libraries import BANDWIDTH, DROP_IN, OURS, PEAK, PEERS, library, machine, pytorch
 from rnnfast.bench.shapes import MODEL_MODES, MODES, SUITES, problem, shape_of
 from rnnfast.cells import CELLS
 
@@ -169,9 +169,10 @@ def test_wrong_results_are_not_timed(mode):
 PACKAGES = {"numpy": "numpy", "torch": "torch", "onnxruntime": "onnxruntime"}
 PACKAGES |= {"openvino": "openvino", "jax": "jax", "tensorflow": "tensorflow"}
 CANNOT = {
-    "torch": r"gru_reset_before",
+    "torch": r"gru_reset_before|peephole|coupled",
+    "tensorflow": r"peephole|coupled",
     "onnxruntime": r"training|float64",
-    "openvino": r"training|float64",
+    "openvino": r"training|float64|peephole|coupled",
 }
 
 
@@ -213,7 +214,7 @@ def test_a_library_is_right_or_says_that_it_cannot(workers, name, cell, structur
 
 
 @pytest.mark.parametrize("structure", ["", "-uneven", "-l2", "-l2-bi-uneven", "-float64"])
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "gru_reset_before"])
+@pytest.mark.parametrize("cell", sorted(pytorch.LAYERS))
 @pytest.mark.parametrize("name", [DROP_IN, "torch"])
 def test_a_model_is_that_of_the_reference(workers, name, cell, structure):
     shape = shape_of(f"{cell}-i3-h5-b4-t6{structure}")

@@ -14,24 +14,33 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cases import DIRECTIONS, DTYPES, LENGTHS, Case, Shape, make_inputs, make_module, past_lengths
+from cases import (
+    DIRECTIONS,
+    DTYPES,
+    LENGTHS,
+    Case,
+    Shape,
+    make_inputs,
+    make_module,
+    options_of,
+    past_lengths,
+)
 from test_api import bits, in_child, random
 
 import rnnfast
 from rnnfast import _kernels, functional
 from rnnfast.cells import CELLS
 
-FUNCTIONS = {
-    "rnn_tanh": (functional.rnn_forward, functional.rnn_backward, {"nonlinearity": "tanh"}),
-    "rnn_relu": (functional.rnn_forward, functional.rnn_backward, {"nonlinearity": "relu"}),
-    "lstm": (functional.lstm_forward, functional.lstm_backward, {}),
-    "gru": (functional.gru_forward, functional.gru_backward, {"reset_after": True}),
-    "gru_reset_before": (functional.gru_forward, functional.gru_backward, {"reset_after": False}),
-}
 # T, B, I, H: panels of 128, 16, 3 and 1 steps in a sum over time, so that slices come out as one of
 # these or as a few.
 SHAPES = Shape(300, 1, 3, 5), Shape(90, 8, 5, 70), Shape(40, 33, 9, 6), Shape(9, 150, 4, 3)
-PARAMETERS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+
+
+def functions_of(cell):
+    """The forward and the backward function of a cell, and its options for both."""
+    kind, options = options_of(cell)
+    forward, backward = (getattr(functional, f"{kind}_{verb}") for verb in ("forward", "backward"))
+    return forward, backward, options
 
 
 @pytest.fixture
@@ -62,7 +71,7 @@ def as_argument(states):
 def run(case, kind, need=functional.NEEDS, packed=False):
     """All results of a case, by the public functions, and its tape."""
     given = make_inputs(case)
-    forward, backward, options = FUNCTIONS[case.cell]
+    forward, backward, options = functions_of(case.cell)
     weights = given.weights if case.directions == 2 else given.weights[0]
     packs = [functional.pack(case.cell, weights, way) for way in ("forward", "backward")]
     used = packs if packed else (weights, weights)
@@ -116,14 +125,14 @@ def test_same_bits(cell, direction, dtype, isa, use_isa, settings, small_slices)
             same_bits(got, want, f"{case}; {isa=} {threads=} {plan=}")
 
 
-@pytest.mark.parametrize("need", ["x", "state", *PARAMETERS, ("x", "bias_ih"), ()])
+@pytest.mark.parametrize("need", [*functional.NEEDS, ("x", "bias_ih"), ()])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_asked_for_alone(cell, direction, need, small_slices):
     case = Case(cell, SHAPES[2], direction, lengths="with zero", loss="y", initial=False)
     want, _, _ = run(case, "full", need)
     got, _, _ = run(case, "light", need, packed=True)
-    if set(PARAMETERS) & set((need,) if isinstance(need, str) else need):
+    if set(CELLS[cell].parameters) & set((need,) if isinstance(need, str) else need):
         want.pop("weights")  # of packed weights, functions cannot tell which are missing
         got.pop("weights")
     same_bits(got, want, f"{case}; {need=}")
@@ -239,13 +248,13 @@ def packs_of(cell, I, H, dtype=np.float32):
 def test_a_full_tape(cell, scratch):
     """An LSTM's takes 6H (1 + 1/T) numbers for each (t, b) at most, others less; y comes on top."""
     T, B, I, H = 50, 4, 8, 16
-    forward, backward, options = FUNCTIONS[cell]
+    forward, backward, options = functions_of(cell)
     packs = packs_of(cell, I, H)
     y, _, tape = forward(random(T, B, I), None, packs[0], **options)
     assert sum(scratch) == y.nbytes + tape.nbytes
     assert tape.nbytes <= 4 * T * B * 6 * H * (1 + 1 / T)
     scratch.clear()
-    grads = backward(tape, packs[1], y, None, need=PARAMETERS, **options)
+    grads = backward(tape, packs[1], y, None, need=CELLS[cell].parameters, **options)
     assert grads.x is None and sum(scratch) == 0
 
 
@@ -265,7 +274,7 @@ def test_a_light_tape_grows_with_the_root(cell, direction, dtype, scratch, small
     """Between the calls, and in backward: the tape, the scratch of one slice."""
     B, I, H = 32, 2, 8
     D, states = (2 if direction == "bidirectional" else 1), len(CELLS[cell].states)
-    forward, backward, options = FUNCTIONS[cell]
+    forward, backward, options = functions_of(cell)
     for T in (4**4, 4**5, 4**6):
         root = math.isqrt(T)  # a multiple of the 4 steps of a panel
         case = Case(cell, Shape(T, B, I, H), direction, dtype)

@@ -19,12 +19,17 @@ import numpy as np
 import pytest
 
 import rnnfast
+from rnnfast import storage
 
 MODULES = {
     "RNN": lambda: rnnfast.RNN(3, 2, nonlinearity="relu", seed=1),
     "LSTM": lambda: rnnfast.LSTM(2, 3, 2, dropout=0.25, bidirectional=True, seed=2),
     "GRU": lambda: rnnfast.GRU(2, 3, bias=False, batch_first=True, dtype=np.float64, seed=3),
     "GRU reset before": lambda: rnnfast.GRU(2, 3, reset_after=False, seed=4),
+    "LSTM variant": lambda: rnnfast.LSTM(
+        2, 3, 2, peephole=True, bidirectional=True, forget_bias=1.5, seed=5
+    ),
+    "coupled": lambda: rnnfast.LSTM(2, 3, coupled=True, peephole=True, bias=False, seed=6),
     "drawn seed": lambda: rnnfast.RNN(1, 1),
 }
 
@@ -61,6 +66,16 @@ def test_loads_what_was_saved(name, tmp_path):
     for ours, theirs in zip(module.forward_train(x)[:1], loaded.forward_train(x)[:1], strict=True):
         assert ours.tobytes() == theirs.tobytes()
     assert os.listdir(tmp_path) == ["model"]  # under just this name, and nothing beside it
+
+
+def test_a_file_of_the_version_before_peepholes_loads(tmp_path):
+    module = rnnfast.LSTM(2, 3, seed=1)
+    module.save(tmp_path / "new")
+    header, arrays = storage.read(tmp_path / "new")
+    for name in ("peephole", "coupled", "forget_bias"):
+        del header["arguments"][name]
+    storage.write(tmp_path / "old", header, arrays)
+    same(module, rnnfast.load(tmp_path / "old"))
 
 
 def test_numpy_reads_the_file_without_pickle(saved):

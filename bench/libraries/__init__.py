@@ -108,14 +108,15 @@ def ends(shape: Shape) -> list[list[str]]:
     return [[f"_l{layer}{end}" for end in directions] for layer in range(shape.layers)]
 
 
-def reordered(weights: np.ndarray, order: Iterable[int], gates: int) -> np.ndarray:
-    """Weights or a bias [G*H, ...] with their gates in another order.
+def reordered(weights: np.ndarray, order: Iterable[int | None], gates: int) -> np.ndarray:
+    """Weights or a bias [G*H, ...] with their gates in another order; None stands for zeros.
 
     >>> reordered(np.array([1, 2, 3, 4]), (1, 0), 2).tolist()
     [3, 4, 1, 2]
     """
     blocks = np.split(weights, gates)
-    return np.concatenate([blocks[gate] for gate in order])
+    zeros = np.zeros_like(blocks[0])
+    return np.concatenate([zeros if gate is None else blocks[gate] for gate in order])
 
 
 def keep_cores(threads: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rnnfast.cells import PARAMETERS
+from rnnfast.cells import CELLS
 
 from ..shapes import Problem, Shape
 from . import Library, Prepared, ends, keep_cores, named
@@ -79,19 +79,19 @@ class Jax(Library):
         jnp = jax.numpy
 
         def direction(x: Any, state: tuple, weights: tuple, reverse: bool) -> tuple:
-            W, R, b_ih, b_hh = weights
+            W, R, b_ih, b_hh, *P = weights
             R_T = R.T
 
             def masked(state: tuple, given: tuple) -> tuple:
                 z, here = given
-                after = step(z, state, R_T, b_hh)
+                after = step(z, state, R_T, b_hh, *P)
                 after = tuple(
                     jnp.where(here, new, old) for new, old in zip(after, state, strict=True)
                 )
                 return after, after[0]
 
             def plain(state: tuple, z: Any) -> tuple:
-                after = step(z, state, R_T, b_hh)
+                after = step(z, state, R_T, b_hh, *P)
                 return after, after[0]
 
             z = ahead(x, W, b_ih, b_hh)
@@ -106,7 +106,7 @@ class Jax(Library):
             for suffixes in ends(shape):
                 ys = []
                 for d, end in enumerate(suffixes):
-                    own = tuple(weights[name + end] for name in PARAMETERS)
+                    own = tuple(weights[name + end] for name in CELLS[shape.cell].parameters)
                     first = tuple(s[len(last)] for s in state)
                     y, state_n = direction(x, first, own, d == 1)
                     ys.append(y)
@@ -120,7 +120,8 @@ class Jax(Library):
 def _equations(jax: Any, cell: str) -> tuple[Callable, Callable]:
     """What is computed ahead, of x; and one step, of that and the state.
 
-    ahead(x [T, B, I], W, b_ih, b_hh) -> z [T, B, G*H]; step(z [B, G*H], state, R^T, b_hh) -> state.
+    ahead(x [T, B, I], W, b_ih, b_hh) -> z [T, B, G*H]; step(z [B, G*H], state, R^T, b_hh) -> state,
+    of a cell with peepholes step(z, state, R^T, b_hh, P).
     """
     jnp, sigmoid, tanh = jax.numpy, jax.nn.sigmoid, jax.numpy.tanh
 
@@ -142,6 +143,17 @@ def _equations(jax: Any, cell: str) -> tuple[Callable, Callable]:
         c = sigmoid(f) * c + sigmoid(i) * tanh(g)
         return sigmoid(o) * tanh(c), c
 
+    def lstm_variant(z: Any, state: tuple, R_T: Any, b_hh: Any, P: Any = None) -> tuple:
+        (h, c), row = state, CELLS[cell]
+        gates = dict(zip(row.gates, jnp.split(z + h @ R_T, len(row.gates), axis=-1), strict=True))
+        if row.peepholes:
+            p = dict(zip(row.peepholes, jnp.split(P, len(row.peepholes)), strict=True))
+            gates |= {gate: gates[gate] + p[gate] * c for gate in p if gate != "o"}
+        i = sigmoid(gates["i"])
+        c = (sigmoid(gates["f"]) if "f" in gates else 1 - i) * c + i * tanh(gates["g"])
+        o = gates["o"] + p["o"] * c if row.peepholes else gates["o"]
+        return sigmoid(o) * tanh(c), c
+
     def gru(z: Any, state: tuple, R_T: Any, b_hh: Any) -> tuple:
         (h,) = state
         x_r, x_z, x_n = jnp.split(z, 3, axis=-1)
@@ -158,4 +170,4 @@ def _equations(jax: Any, cell: str) -> tuple[Callable, Callable]:
         return ((1 - z) * tanh(x_n + (r * h) @ R_T[:, 2 * H :]) + z * h,)
 
     steps = {step.__name__: step for step in (rnn_tanh, rnn_relu, lstm, gru, gru_reset_before)}
-    return one_bias if cell == "gru" else both_biases, steps[cell]
+    return one_bias if cell == "gru" else both_biases, steps.get(cell, lstm_variant)

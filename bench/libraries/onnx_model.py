@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...cells import CELLS
 from ..shapes import Problem, Shape
 from . import ends, reordered
 
-# Operator, where its gates are among ours, attributes.
+# Operator, where its gates are among ours (None: it has one that we have not), attributes.
 OPERATORS = {
     "rnn_tanh": ("RNN", (0,), {"activations": ["Tanh"]}),
     "rnn_relu": ("RNN", (0,), {"activations": ["Relu"]}),
     "lstm": ("LSTM", (0, 3, 1, 2), {}),
     "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
     "gru_reset_before": ("GRU", (1, 0, 2), {"linear_before_reset": 0}),
+    "lstm_peephole": ("LSTM", (0, 3, 1, 2), {}),
+    "lstm_coupled": ("LSTM", (0, 2, None, 1), {"input_forget": 1}),
+    "lstm_coupled_peephole": ("LSTM", (0, 2, None, 1), {"input_forget": 1}),
 }
+PEEPHOLES = {"lstm_peephole": (0, 2, 1), "lstm_coupled_peephole": (0, 1, None)}  # theirs are i o f
 OPSET, IR = 14, 8  # old enough for every runtime that is still in use
 STATES = ("h", "c")
 
@@ -58,13 +63,20 @@ def model(shape: Shape, given: Problem, mode: str) -> bytes:
         constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
+    cell = CELLS[shape.cell]
+
     def weights(kind: str, suffixes: list[str]) -> np.ndarray:
-        gates = len(order)
-        return np.stack([reordered(given.weights[kind + end], order, gates) for end in suffixes])
+        gates, by = len(cell.gates), order
+        if kind == "weight_peephole":
+            gates, by = len(cell.peepholes), PEEPHOLES[shape.cell]
+        return np.stack([reordered(given.weights[kind + end], by, gates) for end in suffixes])
 
     x = "x"
     for layer, suffixes in enumerate(ends(shape)):
         biases = [weights("bias_ih", suffixes), weights("bias_hh", suffixes)]
+        peepholes = []
+        if cell.peepholes:
+            peepholes.append(constant(f"P{layer}", weights("weight_peephole", suffixes)))
         first = {s: f"{s}_0" if L == 1 else f"{s}_0_{layer}" for s in states}
         last = {s: f"{s}_n" if L == 1 else f"{s}_n_{layer}" for s in states}
         node(
@@ -76,6 +88,7 @@ def model(shape: Shape, given: Problem, mode: str) -> bytes:
                 constant(f"B{layer}", np.concatenate(biases, axis=1)),
                 "lengths" if shape.uneven else "",
                 *first.values(),
+                *peepholes,
             ],
             [f"Y{layer}", *last.values()],
             hidden_size=H,

@@ -41,6 +41,8 @@ class OpenVino(Library):
 
     def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
         stream = mode == "stream"
+        if shape.cell in ("lstm_peephole", "lstm_coupled", "lstm_coupled_peephole"):
+            raise NotImplementedError("no peepholes and no coupled gates")
         model = self.core.read_model(onnx_model.model(shape, given, mode))
         compiled = self.core.compile_model(model, "CPU", self.options)
         request = compiled.create_infer_request()

@@ -1,22 +1,15 @@
 """This library as its users call it.
 
-Knows the public API.
+Knows the public API, and which options a cell of the table stands for.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ...cells import CELLS
 from ..shapes import Problem, Shape
 from . import Library, Prepared, named
-
-CLASSES = {
-    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-    "lstm": ("LSTM", {}),
-    "gru": ("GRU", {}),
-    "gru_reset_before": ("GRU", {"reset_after": False}),
-}
 
 
 class Ours(Library):
@@ -38,10 +31,10 @@ class Ours(Library):
         self.about = {"rnnfast": rnnfast.__version__, "isa": rnnfast.isa()}
 
     def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
-        kind, arguments = CLASSES[shape.cell]
-        module = getattr(self.library, kind)(
+        cell = CELLS[shape.cell]
+        module = getattr(self.library, cell.kind)(
             shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2,
-            dtype=shape.dtype, **arguments,
+            dtype=shape.dtype, **cell.options,
         )  # fmt: skip
         module.load_state_dict(given.weights)
         x, dy, lengths = given.x, given.dy, given.lengths

@@ -11,8 +11,15 @@ from typing import Any
 from ..models import PADDING, Text
 from ..shapes import MODEL_MODES, MODES, VOCABULARY, Problem, Shape
 from . import Library, Prepared, named
-from .ours import CLASSES, Ours
+from .ours import Ours
 
+# Class and arguments.
+LAYERS = {
+    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+}
 # Training is compiled one step after the other: some two seconds for each step of each layer.
 COMPILED_STEPS = 16
 
@@ -48,9 +55,9 @@ class PyTorch(Library):
         return module
 
     def _layer(self, shape: Shape, **others: Any) -> Any:
-        if shape.cell == "gru_reset_before":
-            raise NotImplementedError("no GRU with the reset before the product")
-        kind, arguments = CLASSES[shape.cell]
+        if shape.cell not in LAYERS:
+            raise NotImplementedError(f"no {shape.cell}")
+        kind, arguments = LAYERS[shape.cell]
         return getattr(self.layers, kind)(
             shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2,
             dtype=getattr(self.library, shape.dtype), **arguments, **others,

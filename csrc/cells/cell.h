@@ -5,9 +5,14 @@
  * A step computes pre-activations z in `slots` vectors per block of units: input product W x into
  * slots [input.slot, +input.n), then stage by stage a product with R and a pointwise part. Stage 0
  * multiplies h; a second stage multiplies m, which the first one made of h (GRU, reset before the
- * product). Backward runs the stages from the last: pointwise gives dz, the product dm or dh. */
+ * product). Backward runs the stages from the last: pointwise gives dz, the product dm or dh.
+ *
+ * A cell may have weights of single units (peepholes): vectors [H] that its pointwise parts alone
+ * read. Their gradients are sums over steps and rows, as a bias's are, so backward writes the terms
+ * behind the slots of dz, and they are summed up with it. */
 
 #define RF_MAX_SLOTS 4
+#define RF_MAX_PEEPHOLES 3
 #define RF_MAX_STAGES 2
 
 /* Slots that a product adds to, and the parameter gate (block of H rows) that goes into each. */
@@ -22,6 +27,8 @@ typedef struct {
     ptrdiff_t unit0, unit1; /* units [unit0, unit1), unit0 on a vector's border */
     T *z; /* in [rows][unit block][slot][W], from unit 0 on; a stage may write to its own slots */
     ptrdiff_t z_row;
+    const T *peepholes; /* in [peephole][unit block][W] */
+    ptrdiff_t peepholes_row;
     const T *const *h_prev; /* in */
     const T *const *c_prev; /* in; may be the same rows as c */
     T *const *h;            /* out: read by the next step */
@@ -36,10 +43,12 @@ typedef struct {
     ptrdiff_t H, rows;
     ptrdiff_t unit0, unit1;
     const T *const *gates, *const *h_prev, *const *h, *const *c_prev, *const *c; /* in: tape */
+    const T *peepholes;                                                          /* as forward */
+    ptrdiff_t peepholes_row;
     const T *const *dy; /* in, or NULL: zeros */
     T *const *dh;       /* in: carried from step t+1, without dy; out: carried past the products */
     T *const *dc;       /* in: carried from step t+1; out: carried to step t-1 */
-    T *const *dz;       /* out [slot][H] */
+    T *const *dz;       /* out [slot][H], then the terms of the peepholes' gradients */
     T *const *dm;       /* in of stage 0: gradient of m */
     T *const *m;        /* out of stage 0: m again, for the gradient of its weights */
 } backward_block;
@@ -53,6 +62,7 @@ typedef struct {
 typedef struct {
     int gates, slots, tape_gates, has_c;
     gate_slots input;
+    gate_slots peepholes; /* the slots of their gradients' terms, behind the others; n may be 0 */
     int stages;
     cell_stage stage[RF_MAX_STAGES];
 } cell;

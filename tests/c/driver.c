@@ -29,22 +29,43 @@ enum { ALIGN = 64, MAX_RUN_BUFFERS = 100, MAX_SLICES = 16 };
 
 static const struct {
     const char *name;
-    int gates, tape_gates, has_c;
+    int gates, tape_gates, has_c, peepholes;
 } cells[RF_N_CELLS] = {
-    [RF_RNN_TANH] = {"rnn_tanh", 1, 0, 0},
-    [RF_RNN_RELU] = {"rnn_relu", 1, 0, 0},
-    [RF_LSTM] = {"lstm", 4, 4, 1},
-    [RF_GRU] = {"gru", 3, 4, 0},
-    [RF_GRU_RESET_BEFORE] = {"gru_reset_before", 3, 3, 0},
+    [RF_RNN_TANH] = {"rnn_tanh", 1, 0, 0, 0},
+    [RF_RNN_RELU] = {"rnn_relu", 1, 0, 0, 0},
+    [RF_LSTM] = {"lstm", 4, 4, 1, 0},
+    [RF_GRU] = {"gru", 3, 4, 0, 0},
+    [RF_GRU_RESET_BEFORE] = {"gru_reset_before", 3, 3, 0, 0},
+    [RF_LSTM_PEEPHOLE] = {"lstm_peephole", 4, 4, 1, 3},
+    [RF_LSTM_COUPLED] = {"lstm_coupled", 3, 3, 1, 0},
+    [RF_LSTM_COUPLED_PEEPHOLE] = {"lstm_coupled_peephole", 3, 3, 1, 2},
 };
 
 /* Arrays of a problem, each dense, all directions together. Parameters, in the order of their
  * gradients. */
-enum { X, H_0, C_0, W_IH, W_HH, B_IH, B_HH, N_PARAMS };
+enum { X, H_0, C_0, W_IH, W_HH, B_IH, B_HH, PEEPHOLE, N_PARAMS };
 /* What a run yields. */
-enum { Y, H_N, C_N, GATES, H_TAPE, C_TAPE, DX, DH_0, DC_0, DW_IH, DW_HH, DB_IH, DB_HH, N_RESULTS };
-static const char *const result_names[] = {"y",    "h_n",  "c_n", "gates", "h_tape", "c_tape", "dx",
-                                           "dh_0", "dc_0", "dW",  "dR",    "db_ih",  "db_hh"};
+enum {
+    Y,
+    H_N,
+    C_N,
+    GATES,
+    H_TAPE,
+    C_TAPE,
+    DX,
+    DH_0,
+    DC_0,
+    DW_IH,
+    DW_HH,
+    DB_IH,
+    DB_HH,
+    DP,
+    N_RESULTS
+};
+enum { N_WEIGHTS = N_RESULTS - DW_IH };
+static const char *const result_names[] = {"y",      "h_n",   "c_n",   "gates", "h_tape",
+                                           "c_tape", "dx",    "dh_0",  "dc_0",  "dW",
+                                           "dR",     "db_ih", "db_hh", "dP"};
 
 typedef struct {
     rf_shape shape;
@@ -124,6 +145,8 @@ static ptrdiff_t param_count(const problem *p, int param) {
         return rows * s->I;
     case W_HH:
         return rows * s->H;
+    case PEEPHOLE:
+        return D * cells[s->cell].peepholes * s->H;
     default:
         return rows;
     }
@@ -176,6 +199,7 @@ static void naive_step(const problem *p, int d, const double *x, const double *h
     const ptrdiff_t I = p->shape.I, H = p->shape.H, rows = cells[p->shape.cell].gates * H;
     const double *W = p->param[W_IH] + d * rows * I, *R = p->param[W_HH] + d * rows * H;
     const double *b_ih = p->param[B_IH] + d * rows, *b_hh = p->param[B_HH] + d * rows;
+    const double *P = p->param[PEEPHOLE] + d * cells[p->shape.cell].peepholes * H;
 #define AX(g, u) (dot(W + ((g) * H + (u)) * I, x, I) + b_ih[(g) * H + (u)])
 #define AH(g, u, v) (dot(R + ((g) * H + (u)) * H, v, H) + b_hh[(g) * H + (u)])
     if (p->shape.cell == RF_GRU_RESET_BEFORE)
@@ -199,6 +223,24 @@ static void naive_step(const problem *p, int d, const double *x, const double *h
             c[u] = gate[1] * c0[u] + gate[0] * gate[2];
             h[u] = gate[3] * tanh(c[u]);
             break;
+        case RF_LSTM_PEEPHOLE:
+            gate[0] = sigmoid(AX(0, u) + AH(0, u, h0) + P[u] * c0[u]);
+            gate[1] = sigmoid(AX(1, u) + AH(1, u, h0) + P[H + u] * c0[u]);
+            gate[2] = tanh(AX(2, u) + AH(2, u, h0));
+            c[u] = gate[1] * c0[u] + gate[0] * gate[2];
+            gate[3] = sigmoid(AX(3, u) + AH(3, u, h0) + P[2 * H + u] * c[u]);
+            h[u] = gate[3] * tanh(c[u]);
+            break;
+        case RF_LSTM_COUPLED:
+        case RF_LSTM_COUPLED_PEEPHOLE: {
+            const int sees = p->shape.cell == RF_LSTM_COUPLED_PEEPHOLE;
+            gate[0] = sigmoid(AX(0, u) + AH(0, u, h0) + (sees ? P[u] * c0[u] : 0));
+            gate[1] = tanh(AX(1, u) + AH(1, u, h0));
+            c[u] = (1 - gate[0]) * c0[u] + gate[0] * gate[1];
+            gate[2] = sigmoid(AX(2, u) + AH(2, u, h0) + (sees ? P[H + u] * c[u] : 0));
+            h[u] = gate[2] * tanh(c[u]);
+            break;
+        }
         case RF_GRU:
             gate[0] = sigmoid(AX(0, u) + AH(0, u, h0));
             gate[1] = sigmoid(AX(1, u) + AH(1, u, h0));
@@ -522,12 +564,13 @@ static void *zero_or_in(run_buffers *run, const char *name, const double *values
 static const void *run_pack(run_buffers *run, const problem *p, const rf_kernels *k,
                             rf_pack_kind kind, int d, int zeros_as_null) {
     const rf_shape *s = &p->shape;
-    const ptrdiff_t rows = cells[s->cell].gates * s->H;
+    const ptrdiff_t rows = cells[s->cell].gates * s->H, units = cells[s->cell].peepholes * s->H;
     const rf_weights weights = {
         dense_in(run, "weight_ih", p->param[W_IH] + d * rows * s->I, rows * s->I),
         dense_in(run, "weight_hh", p->param[W_HH] + d * rows * s->H, rows * s->H),
         zero_or_in(run, "bias_ih", p->param[B_IH] + d * rows, rows, zeros_as_null),
         zero_or_in(run, "bias_hh", p->param[B_HH] + d * rows, rows, zeros_as_null),
+        units ? dense_in(run, "peephole", p->param[PEEPHOLE] + d * units, units) : NULL,
     };
     buffer *b = allocate(run, "pack", k->pack_size(s, kind), 1);
     rf_run pack_run = {.threads = 3};
@@ -629,9 +672,10 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
     if (WANTED(DH_0)) g.dh_0 = dense_out(&run, "dh_0", states);
     if (has_c && WANTED(DC_0)) g.dc_0 = dense_out(&run, "dc_0", states);
     for (int d = 0; d < D; d++) {
-        void **out[] = {&g.grads[d].W, &g.grads[d].R, &g.grads[d].b_ih, &g.grads[d].b_hh};
-        for (int i = 0; i < 4; i++)
-            if (WANTED(DW_IH + i))
+        void **out[] = {&g.grads[d].W, &g.grads[d].R, &g.grads[d].b_ih, &g.grads[d].b_hh,
+                        &g.grads[d].P};
+        for (int i = 0; i < N_WEIGHTS; i++)
+            if (WANTED(DW_IH + i) && result_count(p, DW_IH + i))
                 *out[i] = dense_out(&run, result_names[DW_IH + i], result_count(p, DW_IH + i) / D);
     }
     g.workspace = allocate(&run, "workspace", k->backward_workspace(s, v->threads), 1)->data;
@@ -642,13 +686,13 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
     if (WANTED(DX)) r.a[DX] = seq_result(&run, p, &g.dx, s->I);
     if (WANTED(DH_0)) r.a[DH_0] = dense_result(&run, g.dh_0, states);
     if (has_c && WANTED(DC_0)) r.a[DC_0] = dense_result(&run, g.dc_0, states);
-    for (int i = 0; i < 4; i++) {
-        if (!WANTED(DW_IH + i)) continue;
+    for (int i = 0; i < N_WEIGHTS; i++) {
+        if (!WANTED(DW_IH + i) || !result_count(p, DW_IH + i)) continue;
         const ptrdiff_t n = result_count(p, DW_IH + i) / D;
         r.a[DW_IH + i] = numbers(n * D);
         for (int d = 0; d < D; d++) {
             const void *const from[] = {g.grads[d].W, g.grads[d].R, g.grads[d].b_ih,
-                                        g.grads[d].b_hh};
+                                        g.grads[d].b_hh, g.grads[d].P};
             for (ptrdiff_t j = 0; j < n; j++)
                 r.a[DW_IH + i][d * n + j] = get_number(&run, from[i], j);
         }
@@ -692,8 +736,8 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
     const rf_seq dx = seq_out(&run, "dx", p, v->x_layout, s->I);
     char *h_n = dense_out(&run, "h_n", D * states), *c_n = dense_out(&run, "c_n", D * states);
     char *dh = dense_out(&run, "dh", D * states), *dc = dense_out(&run, "dc", D * states);
-    char *grads[4];
-    for (int i = 0; i < 4; i++)
+    char *grads[N_WEIGHTS];
+    for (int i = 0; i < N_WEIGHTS; i++)
         grads[i] = dense_out(&run, result_names[DW_IH + i], result_count(p, DW_IH + i));
     for (int d = 0; d < D; d++) {
         const ptrdiff_t own = d * states;
@@ -727,8 +771,9 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
         g.dy.data = offset(&run, dy.data, d * H);
         g.dx = dx;
         g.add_dx = d;
-        void **out[] = {&g.grads[0].W, &g.grads[0].R, &g.grads[0].b_ih, &g.grads[0].b_hh};
-        for (int i = 0; i < 4; i++)
+        void **out[] = {&g.grads[0].W, &g.grads[0].R, &g.grads[0].b_ih, &g.grads[0].b_hh,
+                        &g.grads[0].P};
+        for (int i = 0; i < N_WEIGHTS; i++)
             *out[i] = offset(&run, grads[i], d * (result_count(p, DW_IH + i) / D));
         g.workspace = allocate(&run, "workspace", k->backward_workspace(&one, v->threads), 1)->data;
         g.dh_n = dense_in(&run, "dh_n", p->seed[1] + own, states);
@@ -763,7 +808,7 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
     r.a[DH_0] = dense_result(&run, dh, D * states);
     if (has_c) r.a[C_N] = dense_result(&run, c_n, D * states);
     if (has_c) r.a[DC_0] = dense_result(&run, dc, D * states);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < N_WEIGHTS; i++)
         r.a[DW_IH + i] = dense_result(&run, grads[i], result_count(p, DW_IH + i));
     check_inputs(&run);
     release(&run);
@@ -880,7 +925,7 @@ static int n_isas;
  * thread. */
 static void check_problem(problem *p, int each_gradient, const int *threads, int n_threads) {
     static const double forward_tolerance[] = {5e-6, 1e-13}, backward_tolerance[] = {1e-5, 1e-12};
-    static const unsigned weights = 1u << DW_IH | 1u << DW_HH | 1u << DB_IH | 1u << DB_HH;
+    static const unsigned weights = ((1u << N_WEIGHTS) - 1) << DW_IH;
     result truth = naive_forward(p), first = {{0}, 0, 0};
     p->h_tape = truth.a[H_TAPE];
     for (int dtype = RF_N_DTYPES - 1; dtype >= 0; dtype--)
@@ -1036,7 +1081,7 @@ static void check_poll(void) {
     float *c = must(calloc((steps + (size_t)s.B) * (size_t)s.H, 4));
     float *state = must(calloc(2 * states, 4));
     float *weights = must(calloc(rows * (size_t)(s.I + s.H), 4));
-    const rf_weights w = {weights, weights + rows * (size_t)s.I, NULL, NULL};
+    const rf_weights w = {weights, weights + rows * (size_t)s.I, NULL, NULL, NULL};
     for (int threads = 1; threads <= 4; threads += 3) {
         void *pack[2], *workspace[2];
         const ptrdiff_t bytes[] = {k->forward_workspace(&s, threads),
