@@ -41,6 +41,7 @@ typedef struct {
     int cell;       /* rf_cell_id */
     int directions; /* D: 1 or 2 */
     ptrdiff_t T, B, I, H;
+    ptrdiff_t P; /* h is projected to so many numbers, fewer than H; 0: it is not, and has H */
 } rf_shape;
 
 /* A sequence [T, B, N] as a base and two strides in elements; the last stride is 1. Or packed: the
@@ -52,13 +53,16 @@ typedef struct {
     const ptrdiff_t *starts; /* [T] rows before those of each step; NULL: not packed */
 } rf_seq;
 
-/* Parameters of one direction, or their gradients. G gates, in the order of rnnfast/cells.py. */
+/* Parameters of one direction, or their gradients. G gates, in the order of rnnfast/cells.py; N
+ * numbers of h, P or H. Biases may be NULL (as parameters: zeros); as gradients each may (not
+ * wanted). */
 typedef struct {
-    void *W;    /* [G*H, I] */
-    void *R;    /* [G*H, H] */
-    void *b_ih; /* [G*H], or NULL: zeros (as parameters), not wanted (as gradients) */
-    void *b_hh; /* [G*H], or NULL */
-    void *P;    /* [p*H] weights of single units, of a cell that has such; never NULL there */
+    void *W;          /* [G*H, I] */
+    void *R;          /* [G*H, N] */
+    void *b_ih;       /* [G*H] */
+    void *b_hh;       /* [G*H] */
+    void *peephole;   /* [p*H] weights of single units, of a cell that has such */
+    void *projection; /* [P, H], of a shape with P */
 } rf_weights;
 
 /* Called by worker 0, now and then; nonzero asks the call to end early, its outputs void. */
@@ -87,7 +91,7 @@ typedef struct {
  * Gt tape gates, see rnnfast/cells.py. */
 typedef struct {
     void *gates; /* [D, S, B, Gt, H]; NULL where Gt = 0, or no tape is kept */
-    void *h;     /* [D, S+1, B, H], slot 0 = h_0; NULL: no tape is kept */
+    void *h;     /* [D, S+1, B, N], slot 0 = h_0; NULL: no tape is kept */
     void *c;     /* [D, S+1, B, H], or NULL where the cell has no c */
 } rf_tape;
 
@@ -96,11 +100,11 @@ typedef struct {
     int reverse;              /* bit d: direction d runs from the last valid step to the first */
     ptrdiff_t step0, step1;   /* the slice; 0 and T: all of it */
     rf_seq x;                 /* in  [T, B, I] */
-    rf_seq y;                 /* out [T, B, D*H], or data NULL; zeros past a row's length */
+    rf_seq y;                 /* out [T, B, D*N], or data NULL; zeros past a row's length */
     const ptrdiff_t *lengths; /* in  [B], each in 0..T; NULL: all T */
     const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_FORWARD) */
-    const void *h_0, *c_0;               /* in  [D, B, H], or NULL: zeros */
-    void *h_n, *c_n; /* out [D, B, H]; states at the last valid step. May alias h_0, c_0 */
+    const void *h_0, *c_0;               /* in  [D, B, N], [D, B, H], or NULL: zeros */
+    void *h_n, *c_n; /* out, likewise; states at the last valid step. May alias h_0, c_0 */
     rf_tape tape;    /* out */
     void *workspace; /* forward_workspace() bytes, 64-byte aligned */
     rf_run run;
@@ -116,11 +120,12 @@ typedef struct {
     const ptrdiff_t *lengths;
     const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_BACKWARD) */
     rf_tape tape;                        /* in, never written */
-    rf_seq dy;               /* in  [T, B, D*H], data NULL: zeros; not read past a row's length */
-    const void *dh_n, *dc_n; /* in  [D, B, H], or NULL: zeros; of rows that end before step0 too */
-    rf_seq dx;               /* out [T, B, I], or data NULL; zeros past a row's length */
-    void *dh_0, *dc_0;       /* out [D, B, H], or NULL; a row that ends before step0 has its dh_n,
-                              * dc_n here. May alias dh_n, dc_n */
+    rf_seq dy; /* in  [T, B, D*N], data NULL: zeros; not read past a row's length */
+    const void *dh_n,
+        *dc_n;         /* in, as h_0, c_0, or NULL: zeros; of rows that end before step0 too */
+    rf_seq dx;         /* out [T, B, I], or data NULL; zeros past a row's length */
+    void *dh_0, *dc_0; /* out, likewise, or NULL; a row that ends before step0 has its dh_n,
+                        * dc_n here. May alias dh_n, dc_n */
     rf_weights grads[RF_MAX_DIRECTIONS]; /* out, each pointer NULL if not wanted; overwritten */
     /* If D = 1, or each NULL: what those gradients are added to once they are complete, or, with
      * `replace`, where they stand instead of what was there; a call that is ended early changes

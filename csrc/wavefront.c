@@ -66,8 +66,8 @@ static void wave_slice(const wave_call *f, int i, ptrdiff_t k) {
         slice.c_0 = slice.c_n;
     }
     slice.tape.gates = wave_offset(f, slice.tape.gates, slice.step0 * args->gates_step);
-    slice.tape.h = wave_offset(f, slice.tape.h, slice.step0 * args->states_step);
-    slice.tape.c = wave_offset(f, slice.tape.c, slice.step0 * args->states_step);
+    slice.tape.h = wave_offset(f, slice.tape.h, slice.step0 * args->h_step);
+    slice.tape.c = wave_offset(f, slice.tape.c, slice.step0 * args->c_step);
     slice.run = (rf_run){.threads = 1, .plan = RF_PLAN_SERIAL};
     args->kernels->forward(&slice);
 }

@@ -75,7 +75,7 @@ cdef extern from "progress.h":
 cdef extern from "kernels.h":
     ctypedef struct rf_shape:
         int cell, directions
-        Py_ssize_t T, B, I, H
+        Py_ssize_t T, B, I, H, P
     ctypedef struct rf_seq:
         void *data
         Py_ssize_t step, row
@@ -85,7 +85,8 @@ cdef extern from "kernels.h":
         void *R
         void *b_ih
         void *b_hh
-        void *P
+        void *peephole
+        void *projection
     ctypedef int (*rf_poll)(void *) noexcept
     ctypedef struct rf_run:
         int threads, plan
@@ -168,7 +169,7 @@ cdef extern from "wavefront.h":
         const rf_kernels *kernels
         rf_forward_args *layers
         int n
-        Py_ssize_t steps, gates_step, states_step
+        Py_ssize_t steps, gates_step, h_step, c_step
         void *progress
         rf_run run
     Py_ssize_t rf_wavefront_steps(

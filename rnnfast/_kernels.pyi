@@ -42,6 +42,7 @@ class Pack:
     cell: int
     input_size: int
     hidden_size: int
+    proj_size: int  # 0: h is not projected
     directions: int
     kind: int  # FORWARD or BACKWARD
     nbytes: int
@@ -74,12 +75,13 @@ def pack(
     kind: int,
     threads: int,
     plan: int,
-    sizes: tuple[int, int, int] | None = None,
+    sizes: tuple[int, int, int, int] | None = None,
 ) -> Pack:
     """One (W [GH, I], R [GH, H], b_ih [GH] or None, b_hh [GH] or None) per direction.
 
-    Of a cell with p peepholes, P [pH] is the fifth.
-    With sizes = I, H and the bytes of a number, also the addresses of these, as int.
+    Of a cell with p peepholes these [pH] are the fifth; the sixth is a projection [P, H], and R is
+    [GH, P] then. With sizes = I, H, P (or 0) and the bytes of a number, also the addresses of
+    these, as int.
     """
 
 def forward(
@@ -105,7 +107,16 @@ def forward(
     """
 
 def wavefront_steps(
-    cell: int, dtype: str, T: int, B: int, I: int, H: int, layers: int, threads: int, plan: int
+    cell: int,
+    dtype: str,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int,
+    layers: int,
+    threads: int,
+    plan: int,
 ) -> int:
     """Steps of a slice of `wavefront`; 0 where a stack of one direction is better computed layer by
     layer. dtype "f" or "d"."""

@@ -65,7 +65,7 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 39  # of one call: 11 arrays, 10 gradients, 4 of a light tape, 5 to add to, 4 starts
+    MOST_VIEWS = 42  # of one call: 11 arrays, 12 gradients, 4 of a light tape, 6 to add to, 4 starts
 
 
 cdef struct Views:
@@ -249,8 +249,17 @@ cdef class Pack:
         return self.shape.H
 
     @property
+    def proj_size(self):
+        return self.shape.P
+
+    @property
     def directions(self):
         return self.shape.directions
+
+
+cdef inline tuple whole(tuple weights):
+    """All that a direction may have, None for what is left out at the end."""
+    return weights + (None,) * (6 - len(weights))
 
 
 def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=None):
@@ -264,19 +273,23 @@ def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=N
     begin(&views)
     try:
         if sizes is not None:
-            self.shape.I, self.shape.H, size = sizes
+            self.shape.I, self.shape.H, self.shape.P, size = sizes
             self.kernels = current[size == 8]
         for d in range(len(weights)):
-            W, R, b_ih, b_hh = weights[d][:4]
+            W, R, b_ih, b_hh, peephole, projection = whole(weights[d])
             take(&views, W, 0, &w[d].W)
             take(&views, R, 0, &w[d].R)
             if d == 0 and sizes is None:
                 self.kernels = current[views.view[0].itemsize == 8]
                 self.shape.I = views.view[0].shape[1]
-                self.shape.H = views.view[1].shape[1]
+                if projection is None:
+                    self.shape.H = views.view[1].shape[1]
+                else:
+                    self.shape.H, self.shape.P = projection.shape[1], projection.shape[0]
             take(&views, b_ih, 0, &w[d].b_ih)
             take(&views, b_hh, 0, &w[d].b_hh)
-            take(&views, weights[d][4] if len(weights[d]) > 4 else None, 0, &w[d].P)
+            take(&views, peephole, 0, &w[d].peephole)
+            take(&views, projection, 0, &w[d].projection)
         self.shape.cell = cell
         self.shape.directions = len(weights)
         self.kind = kind
@@ -301,6 +314,11 @@ def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=N
 
 
 # ---- a layer through time -------------------------------------------------------------------------
+
+cdef inline Py_ssize_t h_size(const rf_shape *s) noexcept nogil:
+    """Numbers of h: those that it is projected to, or one of each unit."""
+    return s.P if s.P else s.H
+
 
 cdef inline int reversed_bits(Pack pack, bint reverse) noexcept:
     return 2 if pack.shape.directions == 2 else <int>reverse
@@ -357,26 +375,27 @@ cdef inline void copy_or_clear(void *to, const void *from_, size_t bytes) noexce
 cdef int forward_slices(
     const rf_kernels *kernels, rf_forward_args *args, char *h, char *c, Py_ssize_t steps
 ) noexcept nogil:
-    """Forward without a tape, but for the states before each slice: h and c [K, D, B, H]."""
+    """Forward without a tape, but for the states before each slice: h and c [K, D, B, ...]."""
     cdef rf_shape *s = &args.shape
     cdef Py_ssize_t k, slices = slices_of(s.T, steps)
-    cdef size_t state = s.directions * s.B * s.H * kernels.element
+    cdef size_t h_bytes = s.directions * s.B * h_size(s) * kernels.element
+    cdef size_t c_bytes = s.directions * s.B * s.H * kernels.element
     cdef void *h_n = args.h_n
     cdef void *c_n = args.c_n
     cdef double next_poll = progress_clock() + RF_POLL_SECONDS
     cdef rf_run ran
     ran.ran_threads = 0
-    copy_or_clear(h, args.h_0, state)
+    copy_or_clear(h, args.h_0, h_bytes)
     if c != NULL:
-        copy_or_clear(c, args.c_0, state)
+        copy_or_clear(c, args.c_0, c_bytes)
     for k in range(slices):
         args.step0 = slice_start(s.T, steps, slices, k)
         args.step1 = slice_start(s.T, steps, slices, k + 1)
-        args.h_0 = h + k * state
-        args.h_n = h + (k + 1) * state if k + 1 < slices else h_n
+        args.h_0 = h + k * h_bytes
+        args.h_n = h + (k + 1) * h_bytes if k + 1 < slices else h_n
         if c != NULL:
-            args.c_0 = c + k * state
-            args.c_n = c + (k + 1) * state if k + 1 < slices else c_n
+            args.c_0 = c + k * c_bytes
+            args.c_n = c + (k + 1) * c_bytes if k + 1 < slices else c_n
         if kernels.forward(args) or poll_between(&next_poll):
             return 1
         note_ran(&ran, &args.run)
@@ -388,13 +407,14 @@ cdef int backward_slices(
     Pack pack, Pack forward_pack, rf_backward_args *args, const char *h, const char *c,
     void *h_last, void *c_last, Py_ssize_t steps,
 ) noexcept nogil:
-    """Backward from the states before each slice, h and c [K, D, B, H]: of each direction, slice by
+    """Backward from the states before each slice, h and c [K, D, B, ...]: of each direction, slice by
     slice, forward again into args.tape, which has room for one slice, then backward."""
     cdef rf_forward_args f
     cdef rf_backward_args g
     cdef rf_shape *s = &args.shape
     cdef Py_ssize_t k, slices = slices_of(s.T, steps)
-    cdef size_t state = s.B * s.H * pack.kernels.element
+    cdef size_t h_bytes = s.B * h_size(s) * pack.kernels.element
+    cdef size_t c_bytes = s.B * s.H * pack.kernels.element
     cdef int d
     cdef double next_poll = progress_clock() + RF_POLL_SECONDS
     cdef rf_run ran
@@ -409,14 +429,14 @@ cdef int backward_slices(
         g.pack[0] = args.pack[d]
         g.grads[0] = args.grads[d]
         if g.dy.data != NULL:
-            g.dy.data = <char *>args.dy.data + d * s.H * pack.kernels.element
+            g.dy.data = <char *>args.dy.data + d * h_size(s) * pack.kernels.element
         if g.dh_n != NULL:
-            g.dh_n = <char *>args.dh_n + d * state
+            g.dh_n = <char *>args.dh_n + d * h_bytes
         if g.dc_n != NULL:
-            g.dc_n = <char *>args.dc_n + d * state
-        g.dh_0 = <char *>args.dh_0 + d * state
+            g.dc_n = <char *>args.dc_n + d * c_bytes
+        g.dh_0 = <char *>args.dh_0 + d * h_bytes
         if g.dc_0 != NULL:
-            g.dc_0 = <char *>args.dc_0 + d * state
+            g.dc_0 = <char *>args.dc_0 + d * c_bytes
         f.shape = g.shape
         f.reverse = g.reverse
         f.x = g.x
@@ -431,9 +451,9 @@ cdef int backward_slices(
                 g.add_to = args.add_to
             g.step0 = f.step0 = slice_start(s.T, steps, slices, k)
             g.step1 = f.step1 = slice_start(s.T, steps, slices, k + 1)
-            f.h_0 = h + (k * s.directions + d) * state
+            f.h_0 = h + (k * s.directions + d) * h_bytes
             if c != NULL:
-                f.c_0 = c + (k * s.directions + d) * state
+                f.c_0 = c + (k * s.directions + d) * c_bytes
             if (forward_pack.kernels.forward(&f) or pack.kernels.backward(&g)
                     or (k > 0 and poll_between(&next_poll))):  # none after grads were added to
                 return 1
@@ -501,15 +521,15 @@ def forward(
 
 
 def wavefront_steps(
-    int cell, str dtype, Py_ssize_t T, Py_ssize_t B, Py_ssize_t I, Py_ssize_t H, int layers,
-    int threads, int plan,
+    int cell, str dtype, Py_ssize_t T, Py_ssize_t B, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P,
+    int layers, int threads, int plan,
 ):
     cdef rf_shape lowest, others
     cdef rf_run run
     lowest.cell, lowest.directions = cell, 1
-    lowest.T, lowest.B, lowest.I, lowest.H = T, B, I, H
+    lowest.T, lowest.B, lowest.I, lowest.H, lowest.P = T, B, I, H, P
     others = lowest
-    others.I = H
+    others.I = h_size(&lowest)
     set_run(&run, threads, plan)
     return rf_wavefront_steps(current[dtype == "d"], &lowest, &others, layers, &run)
 
@@ -547,7 +567,8 @@ def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize
             if gates is not None:
                 args.gates_step = layer.shape.B * gates.shape[3] * layer.shape.H
             size = sum_of(size, whole_lines(pack.kernels.forward_workspace(&layer.shape, 1)))
-        args.states_step = args.layers[0].shape.B * args.layers[0].shape.H
+        args.h_step = args.layers[0].shape.B * h_size(&args.layers[0].shape)
+        args.c_step = args.layers[0].shape.B * args.layers[0].shape.H
         set_run(&args.run, threads, plan)
         workspaces = Memory(size)
         at = <char *>workspaces.block.data
@@ -565,12 +586,14 @@ def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize
 
 
 cdef int take_gradients(Views *views, tuple grads, rf_weights *out) except -1:
-    """One direction's; P is None, or left out, where the cell has no peepholes."""
-    take(views, grads[0], PyBUF_WRITABLE, &out.W)
-    take(views, grads[1], PyBUF_WRITABLE, &out.R)
-    take(views, grads[2], PyBUF_WRITABLE, &out.b_ih)
-    take(views, grads[3], PyBUF_WRITABLE, &out.b_hh)
-    return take(views, grads[4] if len(grads) > 4 else None, PyBUF_WRITABLE, &out.P)
+    """One direction's."""
+    W, R, b_ih, b_hh, peephole, projection = whole(grads)
+    take(views, W, PyBUF_WRITABLE, &out.W)
+    take(views, R, PyBUF_WRITABLE, &out.R)
+    take(views, b_ih, PyBUF_WRITABLE, &out.b_ih)
+    take(views, b_hh, PyBUF_WRITABLE, &out.b_hh)
+    take(views, peephole, PyBUF_WRITABLE, &out.peephole)
+    return take(views, projection, PyBUF_WRITABLE, &out.projection)
 
 
 def backward(
@@ -673,10 +696,10 @@ cdef class Stepper:
     cdef Views views            # of the states, taken for as long as this lives
     cdef int layers
     cdef rf_forward_args *args  # [layers], ready for a step
-    cdef char *h                # [layers][B][H] the states
-    cdef char *c
+    cdef char *h                # [layers][B][N] the states, N numbers of h
+    cdef char *c                # [layers][B][H]
     cdef rf_block memory        # of args, new states, a step's y of each layer, workspace
-    cdef Py_ssize_t state_bytes
+    cdef Py_ssize_t h_bytes, c_bytes  # of one layer's state
     cdef int threads
     cdef char format
     cdef bint busy              # a call has let go of the interpreter's lock, or runs its signals
@@ -688,7 +711,7 @@ cdef class Stepper:
     def __init__(self, tuple packs, h, c, Py_ssize_t batch_size, int threads, int plan):
         cdef Pack pack = packs[0]
         cdef rf_shape shape
-        cdef Py_ssize_t workspace = 0, here, tables
+        cdef Py_ssize_t workspace = 0, here, tables  # here: of a state, whole lines
         cdef int i
         cdef char *at
         if self.memory.data != NULL:
@@ -697,8 +720,9 @@ cdef class Stepper:
         self.packs = packs
         self.threads = threads
         self.format = c"f" if pack.kernels.element == 4 else c"d"
-        self.state_bytes = batch_size * pack.shape.H * pack.kernels.element
-        here = (self.state_bytes + 63) // 64 * 64
+        self.h_bytes = batch_size * h_size(&pack.shape) * pack.kernels.element
+        self.c_bytes = batch_size * pack.shape.H * pack.kernels.element
+        here = (self.c_bytes + 63) // 64 * 64  # h has no more
         for pack in packs:
             shape = pack.shape
             shape.T, shape.B = 1, batch_size
@@ -716,13 +740,13 @@ cdef class Stepper:
             self.args[i].shape = pack.shape
             self.args[i].shape.B = batch_size
             self.args[i].pack[0] = pack.direction[0]
-            self.args[i].h_0 = self.h + i * self.state_bytes
+            self.args[i].h_0 = self.h + i * self.h_bytes
             if self.c != NULL:
-                self.args[i].c_0 = self.c + i * self.state_bytes
+                self.args[i].c_0 = self.c + i * self.c_bytes
             self.args[i].h_n, self.args[i].c_n = at, at + here
             self.args[i].y.data = at + 2 * here
             self.args[i].x.row = pack.shape.I
-            self.args[i].y.row = pack.shape.H
+            self.args[i].y.row = h_size(&pack.shape)
             set_run(&self.args[i].run, threads, plan)
             at += 3 * here
         for i in range(self.layers):
@@ -733,7 +757,7 @@ cdef class Stepper:
         rf_block_give(self.memory)
 
     cdef int run(self, Py_ssize_t T, void *x, void *y, char *between, void *workspace) except -1:
-        """T steps of all layers; `between` holds [2][T, B, H], or is NULL for one step's own place.
+        """T steps of all layers; `between` holds [2][T, B, N], or is NULL for one step's own place.
         States change only if all went well."""
         cdef int i, failed = 0
         cdef Pack pack
@@ -744,11 +768,11 @@ cdef class Stepper:
             args.shape.T = args.step1 = T
             args.x.data = x
             args.x.step = args.shape.B * args.shape.I
-            args.y.step = args.shape.B * args.shape.H
+            args.y.step = args.shape.B * h_size(&args.shape)
             if i == self.layers - 1:
                 args.y.data = y
             elif between != NULL:
-                args.y.data = between + (i & 1) * T * self.state_bytes
+                args.y.data = between + (i & 1) * T * self.h_bytes
             if workspace != NULL:
                 args.workspace = workspace
             with nogil:
@@ -756,9 +780,9 @@ cdef class Stepper:
             rf_propagate(failed)
             x = args.y.data
         for i in range(self.layers):
-            memcpy(self.h + i * self.state_bytes, self.args[i].h_n, self.state_bytes)
+            memcpy(self.h + i * self.h_bytes, self.args[i].h_n, self.h_bytes)
             if self.c != NULL:
-                memcpy(self.c + i * self.state_bytes, self.args[i].c_n, self.state_bytes)
+                memcpy(self.c + i * self.c_bytes, self.args[i].c_n, self.c_bytes)
         return 0
 
     cdef bint fits(self, Py_buffer *view, Py_ssize_t columns) noexcept:
@@ -795,7 +819,7 @@ cdef class Stepper:
         cdef Py_buffer from_, to
         cdef bint good
         cdef Py_ssize_t B = self.args[0].shape.B
-        cdef Py_ssize_t I = self.args[0].shape.I, H = self.args[0].shape.H
+        cdef Py_ssize_t I = self.args[0].shape.I, N = h_size(&self.args[0].shape)
         if rf_get_buffer(x, &from_, PyBUF_STRIDES | PyBUF_FORMAT) != 0:
             PyErr_Clear()
             return False
@@ -804,9 +828,9 @@ cdef class Stepper:
             PyBuffer_Release(&from_)
             return False
         try:
-            good = self.fits(&from_, I) and self.fits(&to, H) and from_.ndim == to.ndim and (
+            good = self.fits(&from_, I) and self.fits(&to, N) and from_.ndim == to.ndim and (
                 <char *>to.buf >= <char *>from_.buf + B * I * from_.itemsize
-                or <char *>from_.buf >= <char *>to.buf + B * H * to.itemsize
+                or <char *>from_.buf >= <char *>to.buf + B * N * to.itemsize
             )
             if good:
                 self.take()
@@ -837,7 +861,7 @@ cdef class Stepper:
                 shape = pack.shape
                 shape.T, shape.B = T, self.args[0].shape.B
                 most = most_of(most, pack.kernels.forward_workspace(&shape, self.threads))
-            between = 2 * T * self.state_bytes if self.layers > 1 else 0
+            between = 2 * T * self.h_bytes if self.layers > 1 else 0
             between = (between + 63) // 64 * 64
             memory = allocate(sum_of(between, most))
             self.take()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peephole")
+PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peephole", "weight_hr")
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,25 @@ class Cell:
     tape_gates: tuple[str, ...]
     peepholes: tuple[str, ...] = ()
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
+    def parameters(self, projected: bool = False) -> tuple[str, ...]:
         """Names of one layer's parameters in one direction, the biases among them."""
-        return PARAMETERS if self.peepholes else PARAMETERS[:4]
+        absent = [] if self.peepholes else ["weight_peephole"]
+        return tuple(n for n in PARAMETERS if n not in absent and (projected or n != "weight_hr"))
 
-    def weight_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def weight_shapes(
+        self, input_size: int, hidden_size: int, proj_size: int = 0
+    ) -> dict[str, tuple[int, ...]]:
         """Shapes of one layer's parameters in one direction, PyTorch's in its order."""
         rows = len(self.gates) * hidden_size
         shapes: dict[str, tuple[int, ...]] = {
             "weight_ih": (rows, input_size),
-            "weight_hh": (rows, hidden_size),
+            "weight_hh": (rows, proj_size or hidden_size),
             "bias_ih": (rows,),
             "bias_hh": (rows,),
             "weight_peephole": (len(self.peepholes) * hidden_size,),
+            "weight_hr": (proj_size, hidden_size),
         }
-        return {name: shapes[name] for name in self.parameters}
+        return {name: shapes[name] for name in self.parameters(proj_size > 0)}
 
 
 # Of a GRU, "hn" is R_n h + b_hn: what the reset gate multiplies, needed for its gradient. A coupled

@@ -441,37 +441,38 @@ STEP_STATE = "state (h)", "state (c)"
 
 def states(
     names: tuple[str, str], value: Any, pair: bool, dtype: np.dtype,
-    sizes: tuple[int, int, int], unbatched: bool,
+    sizes: tuple[int, int, int], unbatched: bool, P: int = 0,
 ) -> tuple[ndarray, ndarray | None]:  # fmt: skip
     """The states of a layer or stack as (h, c), each [L*D, B, H] = `sizes`; c is None if no pair.
 
-    They come as a pair of arrays, or as one. Unbatched: [L*D, H].
+    They come as a pair of arrays, or as one. Unbatched: [L*D, H]. h has P numbers, if P is not 0.
 
     >>> h, c = states(STATE, np.zeros((1, 8)), False, FLOAT64, (1, 1, 8), True)
     >>> h.shape, c
     ((1, 1, 8), None)
     """
     if unbatched:
-        h, c = _parts(names, value, pair, dtype, (sizes[0], sizes[2]), "L*D, H")
+        h, c = _parts(names, value, pair, dtype, (sizes[0], sizes[2]), "L*D, H", P)
         return h[:, None], None if c is None else c[:, None]
-    return _parts(names, value, pair, dtype, sizes, "L*D, B, H")
+    return _parts(names, value, pair, dtype, sizes, "L*D, B, H", P)
 
 
 def step_states(
     names: tuple[str, str], value: Any, pair: bool, dtype: np.dtype, sizes: tuple[int, int],
-    unbatched: bool,
+    unbatched: bool, P: int = 0,
 ) -> tuple[ndarray, ndarray | None]:  # fmt: skip
     """`states` for a single step: each [B, H] = `sizes`, or [H]; returned as [1, B, H]."""
     shape, letters = (sizes[1:], "H") if unbatched else (sizes, "B, H")
-    h, c = _parts(names, value, pair, dtype, shape, letters)
-    return h.reshape(1, *sizes), None if c is None else c.reshape(1, *sizes)
+    h, c = _parts(names, value, pair, dtype, shape, letters, P)
+    B, H = sizes
+    return h.reshape(1, B, P or H), None if c is None else c.reshape(1, B, H)
 
 
 def _parts(
     names: tuple[str, str], value: Any, pair: bool, dtype: np.dtype, shape: tuple[int, ...],
-    letters: str,
+    letters: str, P: int,
 ) -> tuple[ndarray, ndarray | None]:  # fmt: skip
-    """(h, c) or (h, None), each checked to be of this shape."""
+    """(h, c) or (h, None), each checked to be of this shape, h with P instead of H."""
     kind = type(value)
     several = kind is tuple or kind is list
     if not pair:
@@ -480,11 +481,13 @@ def _parts(
         return exact(names[0], value, dtype, shape, letters), None
     if several:
         value = tuple(value)
+    h_letters = letters.replace("H", "proj_size") if P else letters
     if not several or len(value) != 2:
-        needs = f"a pair of arrays, {names[0]} and {names[1]}, each [{letters}]"
+        each = f"each [{letters}]" if not P else f"[{h_letters}] and [{letters}]"
+        needs = f"a pair of arrays, {names[0]} and {names[1]}, {each}"
         fail(ValueError if several else TypeError, names[0].split()[0], describe(value), needs)
     h, c = value
-    h = exact(names[0], h, dtype, shape, letters)
+    h = exact(names[0], h, dtype, (*shape[:-1], P) if P else shape, h_letters)
     return h, exact(names[1], c, dtype, shape, letters)
 
 
@@ -552,29 +555,35 @@ def apart(name: str, array: ndarray, out_name: str, out: ndarray) -> None:
 Weights = tuple[tuple[ndarray | None, ...], ...]
 
 
-def weights(name: str, value: Any, gates: int, peepholes: int = 0) -> Weights:
-    """Raw weights of a layer as one (W, R, b_ih, b_hh) per direction, of one dtype.
+def weights(
+    name: str, value: Any, gates: int, peepholes: int = 0, projected: bool = False
+) -> Weights:
+    """Raw weights of a layer, by the names of `cells.PARAMETERS`, per direction, of one dtype.
 
-    `value` is such a tuple, W [G*H, I], R [G*H, H] and the biases [G*H] or None, or a pair of them
-    for two directions; of a cell with p peepholes, P [p*H] is the fifth. The first W decides
-    between float32 and float64.
+    `value` is (W, R, b_ih, b_hh), W [G*H, I], R [G*H, H] and the biases [G*H] or None, or a pair of
+    such tuples for two directions. Of a cell with p peepholes, these [p*H] follow. Where h may be
+    `projected`, W_hr [P, H] may be the last; R is [G*H, P] then. The first W decides between
+    float32 and float64.
 
     >>> W, R, b = np.zeros((12, 2)), np.zeros((12, 3)), np.zeros(12)
     >>> [a is not None for a in weights("weights", (W, R, b, None), 4)[0]]
-    [True, True, True, False]
+    [True, True, True, False, False, False]
     """
     letters = ("W", "R", "b_ih", "b_hh", "P")[: 5 if peepholes else 4]
-    needs = f"({', '.join(letters)}), a pair of such tuples, or a pack"
+    last = " or with W_hr" if projected else ""
+    needs = f"({', '.join(letters)}){last}, a pair of such tuples, or a pack"
     sequences = tuple, list
     if type(value) in sequences:
         value = tuple(tuple(one) if type(one) in sequences else one for one in tuple(value))
     if type(value) is not tuple or not value:
         fail(TypeError, name, describe(value), needs)
     directions = value if type(value[0]) is tuple else (value,)
-    if len(directions) > 2 or any(
-        type(d) is not tuple or len(d) != len(letters) for d in directions
-    ):
+    sizes = {len(one) if type(one) is tuple else 0 for one in directions}
+    if len(directions) > 2 or sizes not in ({len(letters)}, {len(letters) + projected}):
         fail(ValueError, name, describe(value), needs)
+    at = [0, 1, 2, 3, 4] if peepholes else [0, 1, 2, 3]  # among all that there may be
+    if sizes != {len(letters)}:
+        letters, at = (*letters, "W_hr"), [*at, 5]
     labels = [f"{name} ({label})" for label in letters]
     # As arrays, each converted once, and then by shape: an object's answer may change.
     W = raw_array(labels[0], directions[0][0], FLOAT32, False)
@@ -589,18 +598,28 @@ def weights(name: str, value: Any, gates: int, peepholes: int = 0) -> Weights:
     R = arrays[0][1]
     if W.ndim != 2 or W.shape[1] < 1:
         fail(ValueError, labels[0], f"shape {W.shape}", f"[{gates}*H, I], both at least 1")
-    if R.ndim != 2 or R.shape[1] < 1 or R.shape[0] != gates * R.shape[1]:
+    if at[-1] == 5:
+        last = arrays[0][-1]
+        if last.ndim != 2 or not 1 <= last.shape[0] < last.shape[1]:
+            fail(ValueError, labels[-1], f"shape {last.shape}", "[P, H], P at least 1 and below H")
+        P, H = last.shape
+        if R.shape != (gates * H, P):
+            fail(ValueError, labels[1], f"shape {R.shape}", f"[{gates}*H, P] as of W_hr [P, H]")
+    elif R.ndim != 2 or R.shape[1] < 1 or R.shape[0] != gates * R.shape[1]:
         fail(ValueError, labels[1], f"shape {R.shape}", f"[{gates}*H, H], H at least 1")
-    rows, H = R.shape
-    shapes = (rows, W.shape[1]), (rows, H), (rows,), (rows,), (peepholes * H,)
-    sizes = "G*H, I", "G*H, H", "G*H", "G*H", "p*H"
-    return tuple(
-        tuple(
-            None if one[p] is None else exact(labels[p], one[p], dtype, shapes[p], sizes[p])
-            for p in range(len(letters))
-        )
-        for one in arrays
-    )
+    else:
+        P = H = R.shape[1]
+    rows = gates * H
+    shapes = (rows, W.shape[1]), (rows, P), (rows,), (rows,), (peepholes * H,), (P, H)
+    words = "G*H, I", "G*H, H", "G*H", "G*H", "p*H", "P, H"
+    found = []
+    for one in arrays:
+        own: list[ndarray | None] = [None] * len(shapes)
+        for p, array in enumerate(one):
+            if array is not None:
+                own[at[p]] = exact(labels[p], array, dtype, shapes[at[p]], words[at[p]])
+        found.append(tuple(own))
+    return tuple(found)
 
 
 def entries(

@@ -82,8 +82,10 @@ class Tape:
         if not hasattr(self, "threads"):  # what a forward sets last
             return "Tape()"
         T, B, I = self.x.shape
-        D, H = self.h.shape[1 if self.steps else 0], self.h.shape[-1]
-        sizes = f"T={T}, B={B}, I={I}, H={H}, D={D}" + f", steps={self.steps}" * bool(self.steps)
+        D, N = self.h.shape[1 if self.steps else 0], self.h.shape[-1]
+        H = N if self.c is None else self.c.shape[-1]
+        sizes = f"T={T}, B={B}, I={I}, H={H}, D={D}" + f", P={N}" * (N < H)
+        sizes += f", steps={self.steps}" * bool(self.steps)
         return f"Tape({self.cell!r}, {sizes}, plan={self.plan!r}, threads={self.threads})"
 
     @property
@@ -160,7 +162,7 @@ def run_wavefront(
 
 
 def new_tape(
-    cell: Cell, x: Sequence, D: int, H: int, lengths: np.ndarray | None, reverse: bool,
+    cell: Cell, x: Sequence, D: int, H: int, P: int, lengths: np.ndarray | None, reverse: bool,
     packed: Any = None, new: New | None = None,
 ) -> Tape:  # fmt: skip
     """A tape for a call with x, with room for what forward writes; a light one if given its pack.
@@ -174,15 +176,15 @@ def new_tape(
     tape.batch_first = tape.unbatched = False
     tape.steps, tape.pack, tape.gates, tape.c = 0, packed, None, None
     if packed is None:
-        states = D, T + 1, B, H
+        states: tuple[int, ...] = (D, T + 1, B)
         if cell.tape_gates:
             tape.gates = new((D, T, B, len(cell.tape_gates), H), dtype)
     else:
         tape.steps, slices = _slices(cell, packed, _longest(lengths, T, B), B)
-        states = slices, D, B, H
-    tape.h = new(states, dtype)
+        states = slices, D, B
+    tape.h = new((*states, P or H), dtype)
     if "c" in cell.states:
-        tape.c = new(states, dtype)
+        tape.c = new((*states, H), dtype)
     return tape
 
 
@@ -200,7 +202,8 @@ def run_backward(
     x, gates, h, c, light = tape.x, tape.gates, tape.h, tape.c, None
     if tape.steps:
         T, B, _ = x.shape
-        _, D, _, H = h.shape
+        _, D, _, N = h.shape
+        H = N if c is None else c.shape[3]
         T = _longest(tape.lengths, T, B)
         x, dy = x[:T], None if dy is None else dy[:T]
         if dx is not None:
@@ -208,14 +211,13 @@ def run_backward(
             dx = dx[:T]
         # Scratch: the tape of one slice, its last states, and what slices carry to those before.
         steps, tape_gates = min(tape.steps, T), len(CELLS[tape.cell].tape_gates)
-        slots, one, all_states = (steps + 1, B, H), (B, H), (D, B, H)
         new = partial(new_array, dtype=x.dtype)
         gates = new((steps, B, tape_gates, H)) if tape_gates else None
-        h, h_n, c_n = new(slots), new(one), None
-        dh_0 = new(all_states) if dh_0 is None else dh_0
+        h, h_n, c_n = new((steps + 1, B, N)), new((B, N)), None
+        dh_0 = new((D, B, N)) if dh_0 is None else dh_0
         if c is not None:
-            c, c_n = new(slots), new(one)
-            dc_0 = new(all_states) if dc_0 is None else dc_0
+            c, c_n = new((steps + 1, B, H)), new((B, H))
+            dc_0 = new((D, B, H)) if dc_0 is None else dc_0
         light = tape.pack, tape.steps, tape.h, tape.c, h_n, c_n
     return _kernels.backward(
         packed, x, tape.lengths, gates, h, c, dy, dh_n, dc_n, dx, dh_0, dc_0,
@@ -248,11 +250,11 @@ def tape_numbers(cell: Cell, T: int, B: int, H: int, directions: int, kind: str)
     return directions * B * H * (T * len(cell.tape_gates) + (T + 1) * len(cell.states))
 
 
-def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtype) -> Tape:
+def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np.dtype) -> Tape:
     """A tape of the library's own over the same arrays, for backward to read and nothing else.
 
     Nobody else can change what was checked of it: the arrays are fresh views, the lengths a copy.
-    Refuses a tape of another cell, other I, H, D = `sizes` or dtype, or one that was altered.
+    Refuses a tape of another cell, other I, H, P, D = `sizes` or dtype, or one that was altered.
     """
     if type(tape) is not Tape:
         checks.fail(TypeError, "tape", checks.describe(tape), "what forward returned as its tape")
@@ -270,13 +272,13 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtyp
         got = f"one of cell {checks.describe(name)}"
         checks.fail(ValueError, "tape", got, f"one of {cell.name!r}")
     light = type(steps) is int and steps > 0
-    if (x.shape[2], h.shape[3], h.shape[1 if light else 0]) != sizes or h.dtype != dtype:
-        I, H, D = sizes
-        needs = f"one with I={I}, H={H}, D={D} in {dtype}"
+    I, H, P, D = sizes
+    N = P or H
+    if (x.shape[2], h.shape[3], h.shape[1 if light else 0]) != (I, N, D) or h.dtype != dtype:
+        needs = f"one with I={I}, H={H}, D={D} in {dtype}" + f", proj_size={P}" * bool(P)
         checks.fail(ValueError, "tape", f"x {x.shape} and h {h.shape} in {h.dtype}", needs)
     T, B, _ = x.shape
-    I, H, D = sizes
-    states, n_gates = (D, T + 1, B, H), 0 if light else len(cell.tape_gates)
+    states, n_gates = (D, T + 1, B), 0 if light else len(cell.tape_gates)
     right = True
     if lengths is not None:
         right = _is(lengths, (B,), checks.INTP)
@@ -287,11 +289,11 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtyp
         right = right and pack is None and type(steps) is int and steps == 0
     elif right := right and _is_pack_of(pack, cell, sizes, dtype):
         these, slices = _slices(cell, pack, _longest(lengths, T, B), B)
-        right, states = these == steps, (slices, D, B, H)
+        right, states = these == steps, (slices, D, B)
     if not (
         right
-        and _is(h, states, dtype)
-        and _is(c, states if "c" in cell.states else None, dtype)
+        and _is(h, (*states, N), dtype)
+        and _is(c, (*states, H) if "c" in cell.states else None, dtype)
         and _is(gates, (D, T, B, n_gates, H) if n_gates else None, dtype)
         and x.dtype == dtype
         and checks.has_rows(x)
@@ -312,12 +314,12 @@ def _views(*values: Any) -> list[Any]:
     return [value[...] if type(value) is np.ndarray else value for value in values]
 
 
-def _is_pack_of(pack: Any, cell: Cell, sizes: tuple[int, int, int], dtype: np.dtype) -> bool:
+def _is_pack_of(pack: Any, cell: Cell, sizes: tuple[int, int, int, int], dtype: np.dtype) -> bool:
     return (
         type(pack) is _kernels.Pack
         and pack.nbytes > 0
         and (pack.kind, pack.cell) == (FORWARD, cell.number)
-        and (pack.input_size, pack.hidden_size, pack.directions) == sizes
+        and (pack.input_size, pack.hidden_size, pack.proj_size, pack.directions) == sizes
         and _dtype(pack) == dtype
     )
 
@@ -357,7 +359,8 @@ def pack(cell: str, weights: Any, kind: str = "forward") -> Any:
 def _pack(cell: Cell, weights: Any, kind: int) -> tuple[Any, tuple | None]:
     """The pack of this kind, and the checked raw weights, or None if they came packed."""
     if type(weights) is not _kernels.Pack:
-        raw = checks.weights("weights", weights, len(cell.gates), len(cell.peepholes))
+        peepholes, projected = len(cell.peepholes), cell.kind == "LSTM"
+        raw = checks.weights("weights", weights, len(cell.gates), peepholes, projected)
         return _kernels.pack(cell.number, raw, kind, config.threads, config.plan), raw
     if not weights.nbytes:  # none that `pack` has made
         checks.fail(ValueError, "weights", "an empty pack", "one that `pack` has made")
@@ -390,7 +393,8 @@ def _forward(
             checks.fail(ValueError, "tape", f"{kind!r} with train=False", "train=True")
         kind = None
     packed, _ = _pack(cell, weights, FORWARD)
-    H, D, dtype = packed.hidden_size, packed.directions, _dtype(packed)
+    H, P, D, dtype = packed.hidden_size, packed.proj_size, packed.directions, _dtype(packed)
+    N = P or H
     if reverse and D == 2:
         needs = "False: of two directions the second is the reversed one"
         checks.fail(ValueError, "reverse", "True", needs)
@@ -401,17 +405,17 @@ def _forward(
     pair = "c" in cell.states
     h_0 = c_0 = None
     if state is not None:
-        h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, (D, B, H), unbatched)
+        h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, (D, B, H), unbatched, P)
     if lengths is not None:
         lengths = checks.lengths("lengths", lengths, T, B, unbatched)
 
-    y = result = new_sequence(T, B, D * H, dtype, batch_first, unbatched)
-    h_n = np.empty((D, B, H), dtype)
+    y = result = new_sequence(T, B, D * N, dtype, batch_first, unbatched)
+    h_n = np.empty((D, B, N), dtype)
     c_n = np.empty((D, B, H), dtype) if pair else None
     y = as_steps(result, batch_first, unbatched)
     kept = None
     if kind:
-        kept = new_tape(cell, x, D, H, lengths, reverse, packed if kind == "light" else None)
+        kept = new_tape(cell, x, D, H, P, lengths, reverse, packed if kind == "light" else None)
         kept.batch_first, kept.unbatched = batch_first, unbatched
     run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, reverse, kept, config.threads)
     if unbatched:
@@ -452,16 +456,17 @@ def _backward(
 ) -> Gradients:
     needed = checks.choices("need", need, NEEDS)
     packed, raw = _pack(cell, weights, BACKWARD)
-    I, H, D, dtype = packed.input_size, packed.hidden_size, packed.directions, _dtype(packed)
-    tape = own_tape(tape, cell, (I, H, D), dtype)
+    I, H, P, D = packed.input_size, packed.hidden_size, packed.proj_size, packed.directions
+    N, dtype = P or H, _dtype(packed)
+    tape = own_tape(tape, cell, (I, H, P, D), dtype)
     T, B, _ = tape.x.shape
     pair = "c" in cell.states
     batch_first, unbatched = tape.batch_first, tape.unbatched
     if dy is not None:
-        dy = checks.gradient("dy", dy, dtype, (T, B, D * H), batch_first, unbatched)
+        dy = checks.gradient("dy", dy, dtype, (T, B, D * N), batch_first, unbatched)
     dh_n = dc_n = None
     if dstate is not None:
-        dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, (D, B, H), unbatched)
+        dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, (D, B, H), unbatched, P)
     checks.room("tape", T * B * I, dtype.itemsize)
 
     dx = dx_steps = dh_0 = dc_0 = None
@@ -469,15 +474,15 @@ def _backward(
         dx = new_sequence(T, B, I, dtype, batch_first, unbatched)
         dx_steps = as_steps(dx, batch_first, unbatched)
     if "state" in needed:
-        dh_0 = np.empty((D, B, H), dtype)
+        dh_0 = np.empty((D, B, N), dtype)
         dc_0 = np.empty((D, B, H), dtype) if pair else None
-    shapes = cell.weight_shapes(I, H)
+    shapes = cell.weight_shapes(I, H, P)
     grads = tuple(
         tuple(
             np.empty(shapes[name], dtype)
-            if name in needed and (raw is None or raw[d][p] is not None)
+            if name in needed and name in shapes and (raw is None or raw[d][p] is not None)
             else None
-            for p, name in enumerate(cell.parameters)
+            for p, name in enumerate(PARAMETERS)
         )
         for d in range(D)
     )
@@ -490,12 +495,14 @@ def _backward(
         if unbatched:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
         dstate_0 = (dh_0, dc_0) if pair else dh_0
-    return Gradients(dx, dstate_0, grads if D == 2 else grads[0], plan, threads)
+    named = [dict(zip(PARAMETERS, own, strict=True)) for own in grads]
+    given = tuple(tuple(own[name] for name in shapes) for own in named)
+    return Gradients(dx, dstate_0, given if D == 2 else given[0], plan, threads)
 
 
 def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
     packed, _ = _pack(cell, weights, FORWARD)
-    I, H, dtype = packed.input_size, packed.hidden_size, _dtype(packed)
+    I, H, P, dtype = packed.input_size, packed.hidden_size, packed.proj_size, _dtype(packed)
     if packed.directions != 1:
         checks.fail(ValueError, "weights", "two directions", "one: a step cannot run backwards")
     x = checks.as_array("x", x, dtype)
@@ -510,8 +517,8 @@ def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
     h_0 = c_0 = None
     if state is not None:
         names = checks.STEP_STATE
-        h_0, c_0 = checks.step_states(names, state, pair, dtype, (B, H), unbatched)
-    y, h_n = np.empty((1, B, H), dtype), np.empty((1, B, H), dtype)
+        h_0, c_0 = checks.step_states(names, state, pair, dtype, (B, H), unbatched, P)
+    y, h_n = (np.empty((1, B, P or H), dtype) for _ in range(2))
     c_n = np.empty((1, B, H), dtype) if pair else None
     run_forward(packed, x, h_0, c_0, y, h_n, c_n, None, False, None, config.threads)
     h, c = (None if s is None else s[0, 0] if unbatched else s[0] for s in (h_n, c_n))

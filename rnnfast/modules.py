@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import _kernels, checks, config, functional, stack, storage
-from .cells import Cell
+from .cells import PARAMETERS, Cell
 from .functional import (
     BACKWARD,
     FORWARD,
@@ -101,21 +101,22 @@ class Recurrent:
             checks.dropout_acts(arguments["dropout"], arguments["num_layers"], 3)
         I, H, L = arguments["input_size"], arguments["hidden_size"], arguments["num_layers"]
         D, bias = 2 if arguments["bidirectional"] else 1, arguments["bias"]
+        P = arguments.get("proj_size", 0)
         if arguments["seed"] is None:
             arguments["seed"] = int.from_bytes(os.urandom(8), "little") >> 1
         sizes = "input_size, hidden_size, num_layers"
-        checks.room(sizes, module_bytes(cell, I, H, L, D, bias), 1)
+        checks.room(sizes, module_bytes(cell, I, H, L, D, bias, P), 1)
         # What every call reads. The public attributes are read-only: the kernels trust sizes.
-        self._sizes = I, H, L, D
+        self._sizes = I, H, P, L, D
         self._dtype = dtype = arguments["dtype"]
         self._batch_first = arguments["batch_first"]
         self._dropout = arguments["dropout"], arguments["seed"]
         self._dropout_calls = 0
         self._pair = "c" in cell.states
         # Together, because each attribute costs a small call a hundredth of its time.
-        self._fixed = cell, self._pair, dtype, self._batch_first, I, H, L, D
+        self._fixed = cell, self._pair, dtype, self._batch_first, I, H, P, L, D
 
-        self._shapes = parameter_shapes(cell, I, H, L, D, bias)
+        self._shapes = parameter_shapes(cell, I, H, L, D, bias, P)
         numbers = sum(size(shape) for shape in self._shapes.values())
         self._flat, self._flat_grads = (aligned(numbers, dtype) for _ in range(2))
         self._params = Arrays(views_of(self._flat, self._shapes))
@@ -147,10 +148,12 @@ class Recurrent:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _by_layer(self, views: dict[str, np.ndarray]) -> tuple:
-        """For each layer, for each direction, its parameters, None for a bias that is not there."""
-        (_, _, L, D), names = self._sizes, self._cell.parameters
+        """For each layer, for each direction, all of PARAMETERS, None for what is not there."""
+        *_, L, D = self._sizes
         return tuple(
-            tuple(tuple(views.get(f"{name}_l{layer}{end}") for name in names) for end in ENDS[:D])
+            tuple(
+                tuple(views.get(f"{name}_l{layer}{end}") for name in PARAMETERS) for end in ENDS[:D]
+            )
             for layer in range(L)
         )
 
@@ -338,12 +341,13 @@ class Recurrent:
     def _forward(
         self, x: Any, state: Any, lengths: Any, kind: str | None
     ) -> tuple[np.ndarray, Any, StackTape | None]:
-        cell, pair, dtype, batch_first, I, H, L, D = self._fixed
+        cell, pair, dtype, batch_first, I, H, P, L, D = self._fixed
         x, unbatched = checks.sequence("x", x, dtype, I, batch_first)
         T, B, _ = x.shape
-        rows, N = L * D, D * H
+        rows, h_size = L * D, P or H
+        N = D * h_size
         # At most 16 numbers a layer: y, its dropped copy, states and gates of the tape, or less.
-        if (T + 1) * B * (I + 16 * L * N) > checks.SURELY_SMALL:
+        if (T + 1) * B * (I + 16 * L * D * H) > checks.SURELY_SMALL:
             numbers = T * B * (I + 2 * N) + 2 * rows * B * H
             if kind:
                 numbers += L * (functional.tape_numbers(cell, T, B, H, D, kind) + 2 * T * B * N)
@@ -351,11 +355,11 @@ class Recurrent:
         h_0 = c_0 = None
         if state is not None:
             sizes = (rows, B, H)
-            h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, sizes, unbatched)
+            h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, sizes, unbatched, P)
         if lengths is not None:
             lengths = checks.lengths("lengths", lengths, T, B, unbatched)
 
-        h_n = np.empty((rows, B, H), dtype)
+        h_n = np.empty((rows, B, h_size), dtype)
         c_n = np.empty((rows, B, H), dtype) if pair else None
         if batch_first or unbatched:
             result = new_sequence(T, B, N, dtype, batch_first, unbatched)
@@ -370,7 +374,8 @@ class Recurrent:
             packed = packs[0] if packs else self._pack(0, FORWARD)
             tape = None
             if kind:
-                tape = new_tape(cell, x, D, H, lengths, False, packed if kind == "light" else None)
+                light = packed if kind == "light" else None
+                tape = new_tape(cell, x, D, H, P, lengths, False, light)
                 tapes = (tape,)
             run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, False, tape, threads)
         else:
@@ -378,7 +383,7 @@ class Recurrent:
                 if kind == "light" and not packs:  # a light tape keeps them
                     packs = self._pack_all(FORWARD)
                 kept = packs if kind == "light" else None
-                tapes = stack.new_tapes(cell, x, H, L, D, lengths, kept)
+                tapes = stack.new_tapes(cell, x, H, P, L, D, lengths, kept)
                 dropout = stack.Dropout(*self._dropout, call)
             pack = packs.__getitem__ if packs else partial(self._pack, kind=FORWARD)
             stack.forward(
@@ -419,16 +424,17 @@ class Recurrent:
         accumulate = checks.boolean("accumulate", accumulate)
         layers, dropout = self._own_tapes(tape)
         dtype, pair = self._dtype, self._pair
-        I, H, L, D = self._sizes
+        I, H, P, L, D = self._sizes
         batch_first, unbatched = layers[0].batch_first, layers[0].unbatched
         T, B, _ = layers[0].x.shape
-        rows, N = L * D, D * H
+        rows, h_size = L * D, P or H
+        N = D * h_size
         if dy is not None:
             dy = checks.gradient("dy", dy, dtype, (T, B, N), batch_first, unbatched)
         dh_n = dc_n = None
         if dstate is not None:
             sizes = (rows, B, H)
-            dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched)
+            dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched, P)
         checks.room("tape", T * B * (I + 2 * N), dtype.itemsize)
 
         # Into a buffer first: an interrupted call leaves the gradients as they are. The kernel of a
@@ -438,7 +444,7 @@ class Recurrent:
         scratch = self._scratch.pop() if self._scratch else self._new_scratch()
         fresh, grads = scratch
         dx_result = new_sequence(T, B, I, dtype, batch_first, unbatched) if need_dx else None
-        dh_0 = np.empty((rows, B, H), dtype)
+        dh_0 = np.empty((rows, B, h_size), dtype)
         dc_0 = np.empty((rows, B, H), dtype) if pair else None
         packs = self._kept(BACKWARD)
         pack = packs.__getitem__ if packs else partial(self._pack, kind=BACKWARD)
@@ -475,15 +481,15 @@ class Recurrent:
         if type(tape) is not StackTape:
             needs = "what forward_train returned as its tape"
             checks.fail(TypeError, "tape", checks.describe(tape), needs)
-        I, H, L, D = self._sizes
+        I, H, P, L, D = self._sizes
         layers = getattr(tape, "layers", None)
         if type(layers) is not tuple or len(layers) != L:
             got = f"one of {len(layers)} layers" if type(layers) is tuple else "an altered one"
             checks.fail(ValueError, "tape", got, f"one of {L}")
         own = []
         for one in layers:
-            own.append(functional.own_tape(one, self._cell, (I, H, D), self._dtype))
-            I = D * H
+            own.append(functional.own_tape(one, self._cell, (I, H, P, D), self._dtype))
+            I = D * (P or H)
         if len({one.x.shape[:2] for one in own}) > 1:
             checks.fail(ValueError, "tape", "an altered one", "one as forward_train returned it")
         if getattr(tape, "_owner", None) != self._token:
@@ -617,7 +623,8 @@ class RNN(Recurrent):
 class LSTM(Recurrent):
     """A stack of layers of long short-term memory, gates i f g o as in torch.nn.LSTM.
 
-    Arguments as of `RNN`, without nonlinearity; proj_size is not built yet, so 0. peephole: the
+    Arguments as of `RNN`, without nonlinearity. proj_size: h, and so y and the input of the layers
+    above, is a projection to so many numbers, fewer than H (`weight_hr`); 0: none. peephole: the
     gates i and f see the c before the step and o the one after it, each unit through a weight of
     its own (`weight_peephole`, in this order). coupled: the forget gate is 1 - i, and has no
     parameters (CIFG); gates i g o. forget_bias: what the biases of the forget gate sum up to at
@@ -649,9 +656,9 @@ class LSTM(Recurrent):
 
     @staticmethod
     def _cell_of(arguments: dict[str, Any]) -> Cell:
-        size = checks.integer("proj_size", arguments["proj_size"], 0)
-        if size:
-            checks.fail(ValueError, "proj_size", str(size), "0: projections are not built yet")
+        size = arguments["proj_size"] = checks.integer("proj_size", arguments["proj_size"], 0)
+        if size >= arguments["hidden_size"]:
+            checks.fail(ValueError, "proj_size", str(size), "less than hidden_size, or 0 for none")
         cell = functional.lstm_cell(arguments["peephole"], arguments["coupled"])
         if arguments["forget_bias"] is not None:
             value = checks.finite("forget_bias", arguments["forget_bias"], arguments["dtype"])
@@ -672,6 +679,7 @@ class LSTM(Recurrent):
             if name.startswith("bias"):
                 bias[at : at + self.hidden_size] = value if name.startswith("bias_ih") else 0
 
+    proj_size = _argument("proj_size", "P: numbers that h is projected to, or 0.")
     peephole = _argument("peephole", "Whether gates see c.")
     coupled = _argument("coupled", "Whether the forget gate is 1 - i.")
     forget_bias = _argument("forget_bias", "What the forget gate's biases summed up to at first.")
@@ -724,12 +732,13 @@ def load(path: Any) -> RNN | LSTM | GRU:
         cell = cls._cell_of(arguments)
         calls = checks.integer("dropout_calls", header["dropout_calls"], 0)
         L, D = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
-        per_direction = len(names_of(cell, arguments["bias"]))
+        P = arguments.get("proj_size", 0)
+        per_direction = len(names_of(cell, P, arguments["bias"]))
         if len(arrays) != L * D * per_direction:  # before L is used to make as many names
             needs = f"the {L * D * per_direction} of its module"
             checks.fail(ValueError, "parameters", f"{len(arrays)} entries", needs)
         I, H, dtype = arguments["input_size"], arguments["hidden_size"], arguments["dtype"]
-        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"])
+        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"], P)
         arrays = checks.entries("parameters", arrays, shapes, dtype)
         module = cls.__new__(cls)
         module._build(arguments, fill=False)

@@ -2,7 +2,7 @@
 
 Knows the table of cells and arrays; no layer's work and no kernel.
 
-I input size, H hidden size, L layers, D directions, as everywhere.
+I input size, H hidden size, P projection size or 0, L layers, D directions, as everywhere.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ def assign(name: str, flat: np.ndarray, value: Any) -> None:
         flat[...] = checks.exact(name, value, flat.dtype, flat.shape, "all parameters")
 
 
-def names_of(cell: Cell, bias: bool) -> tuple[str, ...]:
+def names_of(cell: Cell, P: int, bias: bool) -> tuple[str, ...]:
     """Names of one layer's parameters in one direction, without biases if there are none."""
-    return tuple(name for name in cell.parameters if bias or not name.startswith("bias"))
+    names = cell.parameters(P > 0)
+    return tuple(name for name in names if bias or not name.startswith("bias"))
 
 
 def parameter_shapes(
-    cell: Cell, I: int, H: int, L: int, D: int, bias: bool
+    cell: Cell, I: int, H: int, L: int, D: int, bias: bool, P: int = 0
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of a stack's parameters; those that PyTorch has, by its names and in its order.
 
@@ -82,9 +83,9 @@ def parameter_shapes(
     """
     shapes = {}
     for layer in range(L):
-        own = cell.weight_shapes(D * H if layer else I, H)
+        own = cell.weight_shapes(D * (P or H) if layer else I, H, P)
         for end in ENDS[:D]:
-            for name in names_of(cell, bias):
+            for name in names_of(cell, P, bias):
                 shapes[f"{name}_l{layer}{end}"] = own[name]
     return shapes
 
@@ -93,12 +94,12 @@ def size(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 1 else shape[0] * shape[1]
 
 
-def module_bytes(cell: Cell, I: int, H: int, L: int, D: int, bias: bool) -> int:
+def module_bytes(cell: Cell, I: int, H: int, L: int, D: int, bias: bool, P: int) -> int:
     """Bytes, at least, that a module will take; by formula, as L may be anything yet."""
     rows = len(cell.gates) * H
-    per_direction = rows * (H + 2 * bias) + len(cell.peepholes) * H
-    numbers = D * (L * per_direction + rows * I + (L - 1) * rows * D * H)
-    views = 6 * 100 * L * D * len(names_of(cell, bias))  # three of each parameter and gradient
+    per_direction = rows * ((P or H) + 2 * bias) + (len(cell.peepholes) + P) * H
+    numbers = D * (L * per_direction + rows * I + (L - 1) * rows * D * (P or H))
+    views = 6 * 100 * L * D * len(names_of(cell, P, bias))  # three of each parameter and gradient
     return 2 * 8 * numbers + views
 
 

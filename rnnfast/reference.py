@@ -324,13 +324,15 @@ def walk(T, B, lengths=None, reverse=False):
     return steps
 
 
-def forward(cell, x, state, weights, *, lengths=None, reverse=False):
+def forward(cell, x, state, weights, *, lengths=None, reverse=False, projection=None):
     """One layer in one direction through time.
 
     cell: a name in EQUATIONS; x [T, B, I]; state: the initial states, each [B, H] (h, and for the
     LSTM c), or None for zeros; weights: (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]), and P
     [p*H] of a cell with peepholes; a bias may be None; lengths [B], each in 0..T, or None for T;
-    reverse: from each row's last valid step to its first.
+    reverse: from each row's last valid step to its first; projection [P, H]: what the cell makes is
+    projected to h, so that h and y have P numbers, and R is [G*H, P] (Sak, Senior and Beaufays,
+    arXiv 1402.1128; torch.nn.LSTM's weight_hr).
 
     Returns y [T, B, H], zeros past a row's length; the states after each row's last valid step,
     each [B, H] (its initial ones if its length is 0); and the tape, a dict of gates [T, B, Gt, H]
@@ -345,21 +347,23 @@ def forward(cell, x, state, weights, *, lengths=None, reverse=False):
     step, _, n_states, n_gates = EQUATIONS[cell]
     T, B, _ = x.shape
     W, R, b_ih, b_hh, *P = weights
-    H = R.shape[1]
-    given = [a for a in (x, *weights, *(state or ())) if a is not None]
+    H, N = R.shape[1] if projection is None else projection.shape[1], R.shape[1]
+    given = [a for a in (x, *weights, *(state or ()), projection) if a is not None]
     dtype = np.result_type(*given)
     zero_bias = np.zeros(len(R), dtype)
     weights = W, R, zero_bias if b_ih is None else b_ih, zero_bias if b_hh is None else b_hh, *P
 
-    y = np.zeros((T, B, H), dtype)
+    y = np.zeros((T, B, N), dtype)
     gates = np.full((T, B, n_gates, H), np.nan, dtype)
-    states = [np.full((T + 1, B, H), np.nan, dtype) for _ in range(n_states)]
+    states = [np.full((T + 1, B, size), np.nan, dtype) for size in (N, H)[:n_states]]
     for i, sequence in enumerate(states):
         sequence[0] = 0 if state is None else state[i]
 
     for s, t, rows in walk(T, B, lengths, reverse):
         before = tuple(sequence[s, rows] for sequence in states)
         after, step_gates = step(x[t, rows], before, *weights)
+        if projection is not None:
+            after = after[0] @ projection.T, *after[1:]
         for sequence, value in zip(states, after, strict=True):
             sequence[s + 1, rows] = value
         for i, gate in enumerate(step_gates):
@@ -372,16 +376,17 @@ def forward(cell, x, state, weights, *, lengths=None, reverse=False):
     return y, state_n, dict(gates=gates if n_gates else None, h=h, c=c)
 
 
-def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False):
+def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False, projection=None):
     """Gradients of one layer in one direction: the chain rule along the walk, from its end.
 
-    x, weights, lengths, reverse: as in the forward call that made `tape`; dy [T, B, H] and dstate
-    (each [B, H], by the states after the last valid step) are the gradients of the loss by
-    forward's results, either may be None for zeros (Werbos, "Backpropagation through time", 1990).
+    x, weights, lengths, reverse, projection: as in the forward call that made `tape`; dy [T, B, H]
+    and dstate (each [B, H], by the states after the last valid step) are the gradients of the loss
+    by forward's results, either may be None for zeros (Werbos, "Backpropagation through time",
+    1990).
 
     Returns a dict: x [T, B, I] (zeros past a row's length), state (a tuple of [B, H], by the
     initial states), weight_ih, weight_hh, bias_ih, bias_hh (None where the bias is), and
-    weight_peephole of a cell that has it.
+    weight_peephole and weight_hr where these are.
 
     >>> weights = np.array([[1.0]]), np.array([[2.0]]), None, None
     >>> x = np.ones((3, 1, 1))
@@ -390,7 +395,7 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
     >>> grads["x"][:, 0, 0].tolist(), grads["weight_hh"].tolist()
     ([4.0, 2.0, 1.0], [[5.0]])
     """
-    _, step_backward, n_states, n_gates = EQUATIONS[cell]
+    step, step_backward, n_states, n_gates = EQUATIONS[cell]
     T, B, _ = x.shape
     W, R, b_ih, b_hh, *P = weights
     states = [tape["h"], tape["c"]][:n_states]
@@ -398,8 +403,10 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
     dx, dW, dR = np.zeros(x.shape, dtype), np.zeros(W.shape, dtype), np.zeros(R.shape, dtype)
     db_ih, db_hh = np.zeros(len(W), dtype), np.zeros(len(R), dtype)
     dP = [np.zeros(p.shape, dtype) for p in P]
+    d_projection = None if projection is None else np.zeros(projection.shape, dtype)
+    zero_bias = np.zeros(len(R), dtype)
     # By the states of each row at the step the walk has reached. A row joins in at its last step.
-    d_states = [np.zeros(states[0].shape[1:], dtype) for _ in states]
+    d_states = [np.zeros(sequence.shape[1:], dtype) for sequence in states]
     for i, d_last in enumerate(dstate or ()):
         d_states[i][:] = d_last
 
@@ -410,6 +417,11 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
         gates = tuple(tape["gates"][s, rows, i] for i in range(n_gates))
         before = tuple(sequence[s, rows] for sequence in states)
         after = tuple(sequence[s + 1, rows] for sequence in states)
+        if projection is not None:  # back to what the cell made, which the tape has not
+            biases = (zero_bias if b is None else b for b in (b_ih, b_hh))
+            made, _ = step(x[t, rows], before, W, R, *biases, *P)
+            d_projection += d_after[0].T @ made[0]
+            d_after[0] = d_after[0] @ projection
         dz_x, dz_h, d_before, dR_s, *dP_s = step_backward(d_after, gates, before, after, R, *P)
         for d, value in zip(d_states, d_before, strict=True):
             d[rows] = value
@@ -421,7 +433,9 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
         for total, part in zip(dP, dP_s, strict=True):
             total += part
 
-    peepholes = {"weight_peephole": dP[0]} if dP else {}
+    more = {"weight_peephole": dP[0]} if dP else {}
+    if projection is not None:
+        more["weight_hr"] = d_projection
     return dict(
         x=dx,
         state=tuple(d_states),
@@ -429,7 +443,7 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False)
         weight_hh=dR,
         bias_ih=None if b_ih is None else db_ih,
         bias_hh=None if b_hh is None else db_hh,
-        **peepholes,
+        **more,
     )
 
 
@@ -450,18 +464,16 @@ def stack_names(params):
 def stack_weights(params, end):
     """(W, R, b_ih, b_hh) of the layer and direction whose names end so; None where absent.
 
-    P is the fifth, if there is one.
+    P is the fifth, if there is one. Then the projection, or None.
 
     >>> stack_weights({"weight_ih_l0": 1, "weight_hh_l0": 2}, "_l0")
-    (1, 2, None, None)
+    ((1, 2, None, None), None)
     """
     names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
     weights = tuple(params.get(name + end) for name in names)
-    return (
-        (*weights, params["weight_peephole" + end])
-        if "weight_peephole" + end in params
-        else weights
-    )
+    if "weight_peephole" + end in params:
+        weights = (*weights, params["weight_peephole" + end])
+    return weights, params.get("weight_hr" + end)
 
 
 def stack_forward(cell, x, state, params, *, lengths=None, masks=None):
@@ -487,8 +499,9 @@ def stack_forward(cell, x, state, params, *, lengths=None, masks=None):
         runs = []
         for d, end in enumerate(ends):
             first = None if state is None else tuple(s[k * len(ends) + d] for s in state)
-            weights = stack_weights(params, end)
-            runs.append(forward(cell, x, first, weights, lengths=lengths, reverse=d == 1))
+            weights, projection = stack_weights(params, end)
+            how = dict(lengths=lengths, reverse=d == 1, projection=projection)
+            runs.append(forward(cell, x, first, weights, **how))
         tapes.append((x, [tape for _, _, tape in runs]))
         states += [state_n for _, state_n, _ in runs]
         x = np.concatenate([y for y, _, _ in runs], axis=2)
@@ -516,8 +529,9 @@ def stack_backward(cell, tapes, params, dy, dstate, *, lengths=None, masks=None)
         for d, end in enumerate(ends):
             which = k * len(ends) + d
             d_last = None if dstate is None else tuple(s[which] for s in dstate)
-            weights, tape = stack_weights(params, end), layer_tapes[d]
-            run = backward(cell, x, tape, weights, dys[d], d_last, lengths=lengths, reverse=d == 1)
+            weights, projection = stack_weights(params, end)
+            how = dict(lengths=lengths, reverse=d == 1, projection=projection)
+            run = backward(cell, x, layer_tapes[d], weights, dys[d], d_last, **how)
             dy = dy + run.pop("x")
             d_first[which] = run.pop("state")
             grads |= {name + end: grad for name, grad in run.items() if grad is not None}

@@ -4,7 +4,8 @@ Knows the work of one layer (`functional`'s pair that does it all) and the wavef
 no module and no checks: it trusts its arguments. Whose weights are packed, and when, its callers
 know: `pack(layer)` gives one layer's pack.
 
-T steps, B batch, N = D*H numbers of a step's output, L layers, D directions.
+T steps, B batch, H hidden size, P projection size or 0, N numbers of h (P or H), L layers, D
+directions.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ NO_DROPOUT = Dropout(0.0, 0, 0)
 
 
 def new_tapes(
-    cell: Cell, x: Sequence, H: int, L: int, D: int, lengths: np.ndarray | None,
+    cell: Cell, x: Sequence, H: int, P: int, L: int, D: int, lengths: np.ndarray | None,
     packs: list[Any] | None = None, new: New | None = None,
 ) -> list[Tape]:  # fmt: skip
     """Tapes for a call with x, one for each layer; light ones if the call's packs are given.
@@ -64,14 +65,14 @@ def new_tapes(
     tapes = []
     for layer in range(L):
         packed = packs[layer] if packs else None
-        tapes.append(new_tape(cell, x, D, H, lengths, False, packed, new))
+        tapes.append(new_tape(cell, x, D, H, P, lengths, False, packed, new))
         if layer < L - 1:
-            x = new((T, B, D * H), x.dtype)
+            x = new((T, B, D * (P or H)), x.dtype)
     return tapes
 
 
 def own(layer: int, D: int, *states: np.ndarray | None) -> list[np.ndarray | None]:
-    """One layer's part [D, B, H] of each of a stack's states [L*D, B, H]."""
+    """One layer's part [D, B, ...] of each of a stack's states [L*D, B, ...]."""
     part = slice(layer * D, layer * D + D)
     return [None if state is None else state[part] for state in states]
 
@@ -81,7 +82,7 @@ def forward(
     c_0: np.ndarray | None, y: Sequence, h_n: np.ndarray, c_n: np.ndarray | None,
     lengths: np.ndarray | None, tapes: list[Tape] | None, dropout: Dropout, threads: int,
 ) -> None:  # fmt: skip
-    """Layer upon layer, or side by side, from x [T, B, I] to y [T, B, N] and the states h_n, c_n.
+    """Layer upon layer, or side by side, from x [T, B, I] to y [T, B, D*N] and the states h_n, c_n.
 
     Tapes are those that `new_tapes` made for this call. Without, what layers hand on is scratch.
     """
@@ -90,18 +91,19 @@ def forward(
         run_forward(pack(0), x, h_0, c_0, y, h_n, c_n, lengths, False, tape, threads)
         return
     T, B, I = x.shape
-    H = h_n.shape[2]
+    N = h_n.shape[2]  # of one direction's h
+    H = N if c_n is None else c_n.shape[2]
     light = tapes is not None and tapes[0].steps > 0
     if D == 1 and not light and not dropout.p:  # else layers wait for each other
         steps = _kernels.wavefront_steps(
-            cell.number, x.dtype.char, T, B, I, H, L, threads, config.plan
+            cell.number, x.dtype.char, T, B, I, H, N if N < H else 0, L, threads, config.plan
         )
         # All layers' y live at once then; in training they do anyway, for the tapes.
-        if steps and (tapes or L * T * B * H <= WAVEFRONT_NUMBERS):
+        if steps and (tapes or L * T * B * N <= WAVEFRONT_NUMBERS):
             if tapes:
                 ys = [tape.x for tape in tapes[1:]]
             else:
-                ys = [new_array((T, B, H), x.dtype) for _ in range(L - 1)]
+                ys = [new_array((T, B, N), x.dtype) for _ in range(L - 1)]
             states = [own(layer, D, h_0, c_0, h_n, c_n) for layer in range(L)]
             packs = [pack(layer) for layer in range(L)]
             run_wavefront(packs, x, [*ys, y], states, lengths, tapes, threads, steps)
@@ -111,8 +113,8 @@ def forward(
         last = layer == L - 1
         handed = y if last else tapes[layer + 1].x if tapes else None
         if handed is None:
-            handed = new_array((T, B, D * H), x.dtype)
-        out = handed if last or not dropout.p else new_array((T, B, D * H), x.dtype)
+            handed = new_array((T, B, D * N), x.dtype)
+        out = handed if last or not dropout.p else new_array((T, B, D * N), x.dtype)
         h_in, c_in, h_out, c_out = own(layer, D, h_0, c_0, h_n, c_n)
         packed = pack(layer)
         run_forward(packed, x, h_in, c_in, out, h_out, c_out, lengths, False, tape, threads)
@@ -138,11 +140,11 @@ def backward(
         )
         return
     T, B, _ = tapes[-1].x.shape
-    H, dtype = tapes[-1].h.shape[-1], tapes[-1].x.dtype
+    N, dtype = tapes[-1].h.shape[-1], tapes[-1].x.dtype
     for layer in reversed(range(lowest, len(tapes))):
         below = dx if layer == 0 else None
         if layer > lowest:
-            below = new_array((T, B, D * H), dtype)
+            below = new_array((T, B, D * N), dtype)
         dh_last, dc_last, dh_first, dc_first = own(layer, D, dh_n, dc_n, dh_0, dc_0)
         run_backward(
             pack(layer), tapes[layer], dy, dh_last, dc_last, below, dh_first, dc_first,

@@ -41,15 +41,17 @@ class Stream:
 
     def __init__(self, module: Recurrent, batch_size: int) -> None:
         B = checks.integer("batch_size", batch_size, 1)
-        I, H, L, D = module._sizes
+        I, H, P, L, D = module._sizes
         if D == 2:
             needs = "one direction: the other one starts at the sequence's end"
             checks.fail(ValueError, "stream", "a bidirectional module", needs)
         self._cell, self._dtype = module._cell, module._dtype
-        self._sizes = B, I, H
+        N = P or H  # of h, and so of y
+        self._sizes = B, I, N
         checks.room("batch_size", len(self._cell.states) * L * B * H, self._dtype.itemsize)
-        self._rows, self._row = (B, H), (H,)
-        self._states = tuple(np.zeros((L, B, H), self._dtype) for _ in self._cell.states)
+        self._rows, self._row = (B, N), (N,)
+        h, c = np.zeros((L, B, N), self._dtype), np.zeros((L, B, H), self._dtype)
+        self._states = (h, c)[: len(self._cell.states)]
         packs = tuple(module._kept(FORWARD) or module._pack_all(FORWARD))
         h, c = self._states if "c" in self._cell.states else (self._states[0], None)
         self._stepper = stepper = _kernels.Stepper(packs, h, c, B, config.threads, config.plan)
@@ -91,16 +93,16 @@ class Stream:
         (7, 5)
         """
         block, shape = self._checked("block", block, True)
-        B, I, H = self._sizes
+        B, I, N = self._sizes
         T = shape[0]
-        checks.room("block", T * B * max(I, H), self._dtype.itemsize)
+        checks.room("block", T * B * max(I, N), self._dtype.itemsize)
         if out is None:
             y = np.empty(shape, self._dtype)
         else:
             y = checks.output("out", out, self._dtype, shape, "block", block)
         target = y if checks.contiguous(y) is y else np.empty(shape, self._dtype)
         x = checks.contiguous(block)
-        self._stepper.process(x.reshape(T, B, I), target.reshape(T, B, H))
+        self._stepper.process(x.reshape(T, B, I), target.reshape(T, B, N))
         if target is not y:
             y[...] = target
         return y if out is None else out
@@ -133,8 +135,9 @@ class Stream:
 
     @state.setter
     def state(self, value: Any) -> None:
-        pair, sizes = len(self._states) == 2, self._states[0].shape
-        checked = checks.states(checks.STEP_STATE, value, pair, self._dtype, sizes, False)
+        pair, sizes, N = len(self._states) == 2, self._states[-1].shape, self._sizes[2]
+        P = N if N < sizes[2] else 0
+        checked = checks.states(checks.STEP_STATE, value, pair, self._dtype, sizes, False, P)
         self._set(checked)
 
     def reset(self) -> None:
@@ -152,5 +155,6 @@ class Stream:
         checks.fail(TypeError, "stream", "a request for a copy or a pickle", needs)
 
     def __repr__(self) -> str:
-        (B, I, H), L = self._sizes, len(self._states[0])
-        return f"Stream({self._cell.name!r}, {I}, {H}, num_layers={L}, batch_size={B})"
+        (B, I, N), (L, _, H) = self._sizes, self._states[-1].shape
+        projected = f", proj_size={N}" * (N < H)
+        return f"Stream({self._cell.name!r}, {I}, {H}, num_layers={L}, batch_size={B}{projected})"

@@ -12,11 +12,10 @@ import numpy as np
 
 import rnnfast
 from rnnfast import _kernels, reference
-from rnnfast.cells import CELLS
+from rnnfast.cells import CELLS, PARAMETERS
 
 DTYPES = ("float32", "float64")
 DIRECTIONS = ("forward", "reverse", "bidirectional")
-PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peephole")
 # Runs remembered: the shapes times the kinds of lengths, with which tests walk through the isas.
 CACHED = 128
 
@@ -81,15 +80,16 @@ def make_lengths(kind, T, B, rng):
     return lengths
 
 
-def make_weights(cell, I, H, rng, *, bias=True, kind="default"):
-    """(W, R, b_ih, b_hh), and P of a cell with peepholes, in float64, unequal in every gate.
+def make_weights(cell, I, H, rng, *, bias=True, kind="default", P=0):
+    """(W, R, b_ih, b_hh), peepholes and a projection, as far as there are such, in float64, unequal
+    in every gate.
 
     Equal ones would hide a wrong order.
 
     "default" is the initialisation of the modules, U(±1/sqrt(H)). "hard" is 4 times that, with
     biases in ±3: gates saturate, cells add up, gradients grow or vanish.
     """
-    shapes = CELLS[cell].weight_shapes(I, H)
+    shapes = CELLS[cell].weight_shapes(I, H, P)
     limit = H**-0.5
     arrays = {name: rng.uniform(-limit, limit, shape) for name, shape in shapes.items()}
     if kind == "hard":
@@ -128,6 +128,22 @@ class Case:
     loss: str = "both"
     weights: str = "default"
     seed: int = 0
+    projection: int = 0  # P
+
+    @property
+    def output(self):
+        """Numbers of h, and of y in one direction."""
+        return self.projection or self.shape.H
+
+    @property
+    def parameters(self):
+        """Names of the parameters of a direction."""
+        return CELLS[self.cell].parameters(self.projection > 0)
+
+    @property
+    def sizes(self):
+        """Numbers of each state."""
+        return (self.output, self.shape.H)[: len(self.states)]
 
     @property
     def directions(self):
@@ -159,9 +175,11 @@ class Inputs(NamedTuple):
 def make_inputs(case):
     """The `Inputs` of a case."""
     T, B, I, H = case.shape
-    D = case.directions
+    D, N = case.directions, case.output
     # By what the numbers depend on, so that neither dtype nor isa changes them.
     key = (case.cell, case.direction, case.shape, case.lengths, case.weights, case.seed)
+    if case.projection:
+        key = (*key, case.projection)
     if key in CANCELLING:
         key = (*key, "again")
     rng = np.random.default_rng(zlib.crc32(repr(key).encode()))
@@ -175,12 +193,13 @@ def make_inputs(case):
 
     lengths = make_lengths(case.lengths, T, B, rng)
     weights = tuple(
-        make_weights(case.cell, I, H, rng, bias=case.bias, kind=case.weights) for _ in range(D)
+        make_weights(case.cell, I, H, rng, bias=case.bias, kind=case.weights, P=case.projection)
+        for _ in range(D)
     )
-    state = tuple(rng.standard_normal((D, B, H)) / 2 for _ in case.states)
-    dstate = tuple(rng.standard_normal((D, B, H)) for _ in case.states)
+    state = tuple(rng.standard_normal((D, B, size)) / 2 for size in case.sizes)
+    dstate = tuple(rng.standard_normal((D, B, size)) for size in case.sizes)
     x = poison(rng.standard_normal((T, B, I)), lengths)
-    dy = poison(rng.standard_normal((T, B, D * H)), lengths)
+    dy = poison(rng.standard_normal((T, B, D * N)), lengths)
     if lengths is not None:
         lengths.flags.writeable = False
     return Inputs(
@@ -217,10 +236,13 @@ def run_reference(case, dtype="float64"):
     dys = [None] * D if dy is None else np.split(dy, D, axis=2)
     for d in range(D):
         how = dict(lengths=lengths, reverse=case.reverse(d))
+        own = weights[d]
+        if case.projection:
+            *own, how["projection"] = own
         first = None if state is None else tuple(s[d] for s in state)
         last = None if dstate is None else tuple(s[d] for s in dstate)
-        y, state_n, tape = reference.forward(case.cell, x, first, weights[d], **how)
-        grads = reference.backward(case.cell, x, tape, weights[d], dys[d], last, **how)
+        y, state_n, tape = reference.forward(case.cell, x, first, own, **how)
+        grads = reference.backward(case.cell, x, tape, own, dys[d], last, **how)
         ys.append(y)
         tapes.append(tape)
         runs.append((state_n, grads))
@@ -241,13 +263,18 @@ def run_reference(case, dtype="float64"):
 
 def gradients(case):
     """Names of all gradients of a case, as in `run_reference`."""
-    own = CELLS[case.cell].parameters
-    parameters = own if case.bias else [p for p in own if not p.startswith("bias")]
+    parameters = [p for p in case.parameters if case.bias or not p.startswith("bias")]
     return (
         "dx",
         *(f"d{name}_0" for name in case.states),
         *(f"{p}[{d}]" for d in range(case.directions) for p in parameters),
     )
+
+
+def in_order(case, own):
+    """A direction's weights as kernels take them: all of PARAMETERS, None for what is not there."""
+    named = dict(zip(case.parameters, own, strict=True))
+    return tuple(named.get(name) for name in PARAMETERS)
 
 
 def flip(sequence, batch_first):
@@ -272,7 +299,7 @@ def run_kernel(
     of forward and of backward.
     """
     given = make_inputs(case) if inputs is None else inputs
-    cell, D, H = CELLS[case.cell], case.directions, case.shape.H
+    cell, D, H, N = CELLS[case.cell], case.directions, case.shape.H, case.output
     T, B, I = given.x.shape
     want = gradients(case) if want is None else want
     number = _kernels.PLANS.index(plan)
@@ -287,15 +314,16 @@ def run_kernel(
         return (*(pair or ()), None, None)[:2]
 
     x, dy = flip(given.x, batch_first), flip(given.dy, batch_first)
-    y, h_n = sequence(D * H), new(D, B, H)
+    y, h_n = sequence(D * N), new(D, B, N)
     c_n = new(D, B, H) if "c" in cell.states else None
     gates = h_tape = c_tape = None
     if tape:
         gates = new(D, T, B, len(cell.tape_gates), H) if cell.tape_gates else None
-        h_tape = new(D, T + 1, B, H)
+        h_tape = new(D, T + 1, B, N)
         c_tape = new(D, T + 1, B, H) if "c" in cell.states else None
     h_0, c_0 = states_of(given.state)
-    pack = _kernels.pack(cell.number, given.weights, _kernels.FORWARD, threads, 0)
+    weights = tuple(in_order(case, own) for own in given.weights)
+    pack = _kernels.pack(cell.number, weights, _kernels.FORWARD, threads, 0)
     ran = _kernels.forward(
         pack, x, y, h_0, c_0, h_n, c_n, given.lengths, gates, h_tape, c_tape,
         case.direction == "reverse", threads, number,
@@ -310,18 +338,18 @@ def run_kernel(
             a.flags.writeable = False
     dh_n, dc_n = states_of(given.dstate)
     grads = dict.fromkeys(gradients(case))
-    shapes = CELLS[case.cell].weight_shapes(I, H)
+    shapes = CELLS[case.cell].weight_shapes(I, H, case.projection)
     for name in want:
-        grads[name] = sequence(I) if name == "dx" else new(D, B, H)
+        grads[name] = sequence(I) if name == "dx" else new(D, B, N if name == "dh_0" else H)
         if "[" in name:
             grads[name] = new(*shapes[name.partition("[")[0]])
-    weights = tuple(tuple(grads.get(f"{p}[{d}]") for p in cell.parameters) for d in range(D))
-    if all(array is None for one in weights for array in one):
-        weights = None
-    pack = _kernels.pack(cell.number, given.weights, _kernels.BACKWARD, threads, 0)
+    wanted = tuple(tuple(grads.get(f"{p}[{d}]") for p in PARAMETERS) for d in range(D))
+    if all(array is None for one in wanted for array in one):
+        wanted = None
+    pack = _kernels.pack(cell.number, weights, _kernels.BACKWARD, threads, 0)
     ran_back = _kernels.backward(
         pack, x, given.lengths, gates, h_tape, c_tape, dy, dh_n, dc_n,
-        grads["dx"], grads["dh_0"], grads.get("dc_0"), weights,
+        grads["dx"], grads["dh_0"], grads.get("dc_0"), wanted,
         case.direction == "reverse", threads, number,
     )  # fmt: skip
     after = [None if a is None else a.tobytes() for a in (gates, h_tape, c_tape)]

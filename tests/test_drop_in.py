@@ -46,8 +46,9 @@ def randomize(module, rng):
         if not name.startswith("weight_ih"):
             continue
         end = name.removeprefix("weight_ih")
-        made = make_weights(cell, weight.shape[1], module.hidden_size, rng)
-        for parameter, values in zip(CELLS[cell].weight_shapes(1, 1), made, strict=True):
+        P = getattr(module, "proj_size", 0)
+        made = make_weights(cell, weight.shape[1], module.hidden_size, rng, P=P)
+        for parameter, values in zip(CELLS[cell].parameters(P > 0), made, strict=True):
             target = getattr(module, parameter + end, None)
             if target is not None:
                 with torch.no_grad():
@@ -127,6 +128,7 @@ def drawn(seed):
     )  # fmt: skip
     if kind == "RNN":
         options["nonlinearity"] = rng.choice(("tanh", "relu"))
+    projected = kind == "LSTM" and rng.random() < 0.4
     dtype = rng.choice(DTYPES)
     T, B, I = rng.randint(1, 9), rng.randint(1, 6), rng.choice((1, 3, 8))
     # Of a single unit, a gradient is one number, which may be the small difference of large ones.
@@ -147,6 +149,9 @@ def drawn(seed):
     many = options["num_layers"] * (1 + options["bidirectional"])
     shape = (many, H) if form == "unbatched" else (many, B, H)
     hx = states_of(kind, shape, dtype, generator) if rng.random() < 0.5 else None
+    if projected and H > 1:
+        options["proj_size"] = P = rng.randint(2, H - 1)
+        hx = hx and (hx[0][..., :P].contiguous(), hx[1])
     return kind, (I, H), options, dtype, (x, hx), f"{seed=} {kind} {form} {I=} {H=} {options}"
 
 
@@ -762,9 +767,36 @@ def test_dropout_of_one_layer_warns_as_torch_nn():
             module.LSTM(3, 4, dropout=0.5)
 
 
-def test_projections_are_refused():
-    with pytest.raises(ValueError, match=r"^proj_size: got 2; needs 0: projections are not built"):
-        drop_in.LSTM(3, 4, proj_size=2)
+def test_projections(compiled):
+    """Compiled, exported, differentiated twice and transformed; values are in the random runs."""
+    ours, theirs = pair("LSTM", 3, 5, dtype=torch.float64, num_layers=2, proj_size=2)
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert [len(w) for w in ours.all_weights] == [5, 5]
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: ours(x)[0], (x,)) and gradgradcheck(lambda x: ours(x)[0], (x,))
+    batched = torch.func.vmap(lambda x: ours(x)[0], in_dims=1, out_dims=1)(x)
+    assert torch.allclose(batched, theirs(x)[0])
+    (dx,) = torch.autograd.grad(compiled(ours)(x)[0].sum(), x)
+    assert torch.allclose(dx, torch.autograd.grad(theirs(x)[0].sum(), x)[0])
+    meta = drop_in.LSTM(3, 5, proj_size=2, device="meta")
+    y, (h_n, c_n) = meta(torch.ones(4, 2, 3, device="meta"))
+    assert (y.shape, h_n.shape, c_n.shape) == ((4, 2, 2), (1, 2, 2), (1, 2, 5))
+    torch.library.opcheck(
+        torch.ops.rnnfast.forward.default,
+        (x, None, None, None, None, list(ours.parameters()), "lstm", 2, 1, False, 0.0, True),
+    )
+    with pytest.raises(ValueError, match=r"proj_size has to be smaller than hidden_size"):
+        drop_in.LSTM(3, 4, proj_size=4)
+    ours.weight_hr_l1 = nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"^weight_hr_l1: got .* a torch.float64 .* \(2, 5\)"):
+        ours(x)
+    weights = list(theirs.parameters())
+    call = torch.ops.rnnfast.forward
+    for bad in (weights[:-1], [*weights[:4], weights[4].T.contiguous(), *weights[5:]]):
+        with pytest.raises(bridge.Misfit):
+            call(x, None, None, None, None, bad, "lstm", 2, 1, False, 0.0, False)
+    with pytest.raises(bridge.Misfit, match=r"^weights: got 10 of 2 layers"):
+        call(x, None, None, None, None, weights, "gru", 2, 1, False, 0.0, False)
 
 
 def wrong_calls(kind):
@@ -939,11 +971,11 @@ def test_convert_swaps_in_place_and_tells():
     model.lstm.eval()
     x = torch.randn(2, 3, 8)
     want = model.lstm(x)[0]
-    with pytest.warns(UserWarning, match=r"convert left as they are: projected \(proj_size=3"):
+    with pytest.warns(UserWarning, match=r"convert left as they are: half \(weight_ih_l0 is of"):
         done = drop_in.convert(model)
     assert done.model is model
-    assert list(done.swapped) == ["lstm", "inner.0", "again"]
-    assert list(done.left) == ["inner.1", "projected", "half", "normed", "own"]
+    assert list(done.swapped) == ["lstm", "inner.0", "again", "projected"]
+    assert list(done.left) == ["inner.1", "half", "normed", "own"]
     assert "swapped inner.0: GRU(16, 16)" in str(done)
     assert "left inner.1: a cell: of a single step, PyTorch's own is as fast" in str(done)
     assert "left half: weight_ih_l0 is of torch.bfloat16" in str(done)

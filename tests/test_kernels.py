@@ -131,7 +131,7 @@ def test_only_what_is_wanted(cell, isa, use_isa):
     everything, _ = run_kernel(case)
     check(case, everything, "all gradients")
     groups = [["dx"], [name for name in gradients(case) if name in ("dh_0", "dc_0")]]
-    groups += [[f"{p}[{d}]" for d in range(2)] for p in CELLS[case.cell].parameters]
+    groups += [[f"{p}[{d}]" for d in range(2)] for p in CELLS[case.cell].parameters()]
     for chosen in itertools.product((False, True), repeat=len(groups)):
         want = [n for yes, group in zip(chosen, groups, strict=True) if yes for n in group]
         got, _ = run_kernel(case, want=want)
@@ -239,7 +239,7 @@ def test_nan_and_inf_propagate(cell, where, value, isa, use_isa):
         want = {"y": y, "dx": grads["x"]}
         for i, name in enumerate(case.states):
             want |= {f"{name}_n": state_n[i][None], f"d{name}_0": grads["state"][i][None]}
-        want |= {f"{p}[0]": grads[p] for p in CELLS[case.cell].parameters}
+        want |= {f"{p}[0]": grads[p] for p in CELLS[case.cell].parameters()}
         assert where in ("dy", "dh_n") or not np.isnan(value) or np.isnan(want["y"]).any()
         for name, array in want.items():
             for kind in (np.isnan, np.isposinf, np.isneginf):
@@ -378,7 +378,7 @@ def fill(module, cell, rng):
         if name.startswith("weight_ih_l"):
             end = name.removeprefix("weight_ih")
             weights = make_weights(cell, array.shape[1], module.hidden_size, rng)
-            for p, values in zip(CELLS[cell].parameters, weights, strict=True):
+            for p, values in zip(CELLS[cell].parameters(), weights, strict=True):
                 if p + end in module.params:
                     module.params[p + end][...] = values
     return {name: array.astype(np.float64) for name, array in module.params.items()}

@@ -132,7 +132,7 @@ def test_what_is_asked_for_alone(cell, direction, need, small_slices):
     case = Case(cell, SHAPES[2], direction, lengths="with zero", loss="y", initial=False)
     want, _, _ = run(case, "full", need)
     got, _, _ = run(case, "light", need, packed=True)
-    if set(CELLS[cell].parameters) & set((need,) if isinstance(need, str) else need):
+    if set(CELLS[cell].parameters()) & set((need,) if isinstance(need, str) else need):
         want.pop("weights")  # of packed weights, functions cannot tell which are missing
         got.pop("weights")
     same_bits(got, want, f"{case}; {need=}")
@@ -254,7 +254,7 @@ def test_a_full_tape(cell, scratch):
     assert sum(scratch) == y.nbytes + tape.nbytes
     assert tape.nbytes <= 4 * T * B * 6 * H * (1 + 1 / T)
     scratch.clear()
-    grads = backward(tape, packs[1], y, None, need=CELLS[cell].parameters, **options)
+    grads = backward(tape, packs[1], y, None, need=CELLS[cell].parameters(), **options)
     assert grads.x is None and sum(scratch) == 0
 
 

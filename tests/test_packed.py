@@ -11,7 +11,7 @@ from cases import DTYPES, make_weights, past_lengths
 from tolerances import assert_same_bits
 
 from rnnfast import _kernels, config, stack
-from rnnfast.cells import CELLS
+from rnnfast.cells import CELLS, PARAMETERS
 
 LENGTHS = np.array([9, 9, 6, 4, 4, 1, 1])
 T, B, I, H = 9, len(LENGTHS), 5, 19
@@ -42,26 +42,35 @@ class Rows:
         return result
 
 
-def run(cell, L, D, dtype, threads, packed, p):
+def run(cell, L, D, dtype, threads, packed, p, P=0):
     """Everything that a stack computes, forward and backward."""
     rng = np.random.default_rng(0)
-    sizes = [I] + [D * H] * (L - 1)
-    weights = [tuple(tuple(make_weights(cell.name, n, H, rng)) for _ in range(D)) for n in sizes]
-    weights = [tuple(tuple(a.astype(dtype) for a in w) for w in layer) for layer in weights]
-    x, dy = (rng.standard_normal((T, B, n)).astype(dtype) for n in (I, D * H))
+    N = P or H
+    names = cell.parameters(P > 0)
+
+    def weights_of(columns):
+        named = dict(zip(names, make_weights(cell.name, columns, H, rng, P=P), strict=True))
+        own = (named.get(name) for name in PARAMETERS)
+        return tuple(None if a is None else a.astype(dtype) for a in own)
+
+    weights = [tuple(weights_of(n) for _ in range(D)) for n in [I] + [D * N] * (L - 1)]
+    x, dy = (rng.standard_normal((T, B, n)).astype(dtype) for n in (I, D * N))
     pair = "c" in cell.states
-    states = [rng.standard_normal((L * D, B, H)).astype(dtype) for _ in range(4)]
+    states = [rng.standard_normal((L * D, B, (N, H)[i % 2])).astype(dtype) for i in range(4)]
     h_0, c_0, dh_n, dc_n = (s if pair or i % 2 == 0 else None for i, s in enumerate(states))
     h_n, dh_0 = np.empty_like(states[0]), np.empty_like(states[0])
-    c_n, dc_0 = (np.empty_like(states[0]) if pair else None for _ in range(2))
-    grads = [tuple(tuple(np.empty_like(a) for a in w) for w in layer) for layer in weights]
-    y, dx = np.empty((T, B, D * H), dtype), np.empty_like(x)
+    c_n, dc_0 = (np.empty_like(states[1]) if pair else None for _ in range(2))
+    grads = [
+        tuple(tuple(None if a is None else np.empty_like(a) for a in w) for w in layer)
+        for layer in weights
+    ]
+    y, dx = np.empty((T, B, D * N), dtype), np.empty_like(x)
     given = x, y, dy, dx
     if packed:
         held = [
             Rows(I, dtype, x, 3),
-            Rows(D * H, dtype, None, 2),
-            Rows(D * H, dtype, dy),
+            Rows(D * N, dtype, None, 2),
+            Rows(D * N, dtype, dy),
             Rows(I, dtype),
         ]
         given = [rows.packed for rows in held]
@@ -71,7 +80,7 @@ def run(cell, L, D, dtype, threads, packed, p):
 
     dropout = stack.Dropout(p, 3, 0)
     lengths = LENGTHS.astype(np.intp)
-    tapes = stack.new_tapes(cell, given[0], H, L, D, lengths)
+    tapes = stack.new_tapes(cell, given[0], H, P, L, D, lengths)
     stack.forward(
         cell, pack(_kernels.FORWARD), L, D, given[0], h_0, c_0, given[1], h_n, c_n, lengths, tapes,
         dropout, threads,
@@ -83,7 +92,7 @@ def run(cell, L, D, dtype, threads, packed, p):
     if packed:
         y, dx = held[1].padded(), held[3].padded()
     arrays = {"y": y, "dx": dx, "h_n": h_n, "c_n": c_n, "dh_0": dh_0, "dc_0": dc_0}
-    flat = [a for layer in grads for w in layer for a in w]
+    flat = [a for layer in grads for w in layer for a in w if a is not None]
     return {**arrays, **{f"gradient {i}": a for i, a in enumerate(flat)}}
 
 
@@ -93,11 +102,13 @@ def run(cell, L, D, dtype, threads, packed, p):
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_of_padded_ones(cell, dtype, isa, plan, use_isa, monkeypatch):
     use_isa(isa)
-    for L, D, threads, p in itertools.product((1, 2), (1, 2), (1, 3), (0.0, 0.3)):
+    projections = (0, H // 2) if CELLS[cell].kind == "LSTM" else (0,)
+    options = itertools.product((1, 2), (1, 2), (1, 3), (0.0, 0.3), projections)
+    for L, D, threads, p, P in options:
         monkeypatch.setattr(config, "plan", 0)
-        want = run(CELLS[cell], L, D, dtype, 1, False, p)
+        want = run(CELLS[cell], L, D, dtype, 1, False, p, P)
         monkeypatch.setattr(config, "plan", _kernels.PLANS.index(plan))
-        got = run(CELLS[cell], L, D, dtype, threads, True, p)
+        got = run(CELLS[cell], L, D, dtype, threads, True, p, P)
         for name, array in want.items():
             if array is not None:
                 assert_same_bits(name, got[name], array, context=f"{L=} {D=} {threads=} {p=}")

@@ -78,7 +78,7 @@ def check_gradients(cell, *, bias=True, lengths=None, reverse=False, loss_by="bo
     assert_near("dx", got["x"], want_x)
     for name, have, need in zip(CELLS[cell].states, got["state"], want[:n], strict=True):
         assert_near(f"d{name}_0", have, need)
-    for name, need in zip(CELLS[cell].parameters, want[n:], strict=True):
+    for name, need in zip(CELLS[cell].parameters(), want[n:], strict=True):
         assert (got[name] is None) == (need is None), name
         if need is not None:
             assert_near(name, got[name], need)
@@ -104,7 +104,7 @@ def test_gradients_by_central_differences(cell):
     _, _, tape = reference.forward(cell, x, state, weights)
     got = reference.backward(cell, x, tape, weights, dy, dstate)
     arrays = [x, *state, *weights]
-    grads = [got["x"], *got["state"], *(got[name] for name in CELLS[cell].parameters)]
+    grads = [got["x"], *got["state"], *(got[name] for name in CELLS[cell].parameters())]
     n = len(state)
     for i, (array, grad) in enumerate(zip(arrays, grads, strict=True)):
         want = np.zeros(array.shape)
@@ -235,7 +235,7 @@ def test_a_row_with_a_length_is_a_short_sequence(cell, reverse):
     how = dict(lengths=lengths, reverse=reverse)
     y, state_n, tape = reference.forward(cell, x, state, weights, **how)
     grads = reference.backward(cell, x, tape, weights, dy, dstate, **how)
-    sums = dict.fromkeys(CELLS[cell].parameters, 0.0)
+    sums = dict.fromkeys(CELLS[cell].parameters(), 0.0)
     for b, n in enumerate(lengths):
         cut = x[:n, b : b + 1], tuple(s[b : b + 1] for s in state), weights
         y_b, state_b, tape_b = reference.forward(cell, *cut, reverse=reverse)
@@ -252,9 +252,9 @@ def test_a_row_with_a_length_is_a_short_sequence(cell, reverse):
             if n == 0:
                 np.testing.assert_array_equal(state_n[i][b], state[i][b])
                 np.testing.assert_array_equal(grads["state"][i][b], dstate[i][b])
-        for name in CELLS[cell].parameters:
+        for name in CELLS[cell].parameters():
             sums[name] = sums[name] + grads_b[name]
-    for name in CELLS[cell].parameters:
+    for name in CELLS[cell].parameters():
         assert_near(name, grads[name], sums[name], 1e-14)
 
 
@@ -279,7 +279,7 @@ def test_no_steps(cell):
     assert y.shape == (0, B, H)
     np.testing.assert_array_equal(state_n, state)
     np.testing.assert_array_equal(grads["state"], dstate)
-    assert not any(grads[name].any() for name in CELLS[cell].parameters)
+    assert not any(grads[name].any() for name in CELLS[cell].parameters())
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -293,7 +293,7 @@ def test_float32_stays_float32(cell):
     y, state_n, tape = reference.forward(cell, x, state, weights, lengths=RUNS["uneven"])
     grads = reference.backward(cell, x, tape, weights, dy, dstate, lengths=RUNS["uneven"])
     arrays = [y, *state_n, *(a for a in tape.values() if a is not None)]
-    arrays += [grads["x"], *grads["state"], *(grads[name] for name in CELLS[cell].parameters)]
+    arrays += [grads["x"], *grads["state"], *(grads[name] for name in CELLS[cell].parameters())]
     assert {a.dtype for a in arrays} == {np.dtype(np.float32)}
 
 
@@ -317,7 +317,7 @@ def make_stack(cell, L, D, *, bias, rng):
     for k in range(L):
         for end in ["", "_reverse"][:D]:
             weights = make_weights(cell, I if k == 0 else D * H, H, rng, bias=bias)
-            named = zip(CELLS[cell].parameters, weights, strict=True)
+            named = zip(CELLS[cell].parameters(), weights, strict=True)
             params |= {f"{name}_l{k}{end}": w for name, w in named if w is not None}
     return params
 

@@ -106,7 +106,7 @@ class Jax(Library):
             for suffixes in ends(shape):
                 ys = []
                 for d, end in enumerate(suffixes):
-                    own = tuple(weights[name + end] for name in CELLS[shape.cell].parameters)
+                    own = tuple(weights[name + end] for name in CELLS[shape.cell].parameters())
                     first = tuple(s[len(last)] for s in state)
                     y, state_n = direction(x, first, own, d == 1)
                     ys.append(y)

@@ -9,7 +9,10 @@
  *
  * A cell may have weights of single units (peepholes): vectors [H] that its pointwise parts alone
  * read. Their gradients are sums over steps and rows, as a bias's are, so backward writes the terms
- * behind the slots of dz, and they are summed up with it. */
+ * behind the slots of dz, and they are summed up with it.
+ *
+ * Where h is projected (of a cell with one stage), the scan does it: a pointwise part makes m
+ * instead of h, and in backward it is given dm for dh, and makes m again. */
 
 #define RF_MAX_SLOTS 4
 #define RF_MAX_PEEPHOLES 3
@@ -50,7 +53,7 @@ typedef struct {
     T *const *dc;       /* in: carried from step t+1; out: carried to step t-1 */
     T *const *dz;       /* out [slot][H], then the terms of the peepholes' gradients */
     T *const *dm;       /* in of stage 0: gradient of m */
-    T *const *m;        /* out of stage 0: m again, for the gradient of its weights */
+    T *const *m;        /* out: m again, for the gradient of its weights; NULL: there is none */
 } backward_block;
 
 typedef struct {

@@ -5,9 +5,9 @@ the compiler. Nothing is copied but what the kernels cannot read as it lies. Res
 of our own, which is kept for the next call. Here, and only here, is looked whether tensors fit each
 other: operators can be called by anybody.
 
-T steps, B batch, N = D*H, G gates, L layers, D directions, as in `stack`. Weights come as one flat
-list: for each layer, for each direction, W [G*H, I or N], R [G*H, H], and b_ih, b_hh [G*H] or
-neither.
+T steps, B batch, H hidden size, P projection size or 0, N numbers of h (P or H), G gates, L layers,
+D directions, as in `stack`. Weights come as one flat list: for each layer, for each direction,
+W [G*H, I or D*N], R [G*H, N], b_ih, b_hh [G*H] or neither, and where h is projected W_hr [P, H].
 """
 
 from __future__ import annotations
@@ -42,6 +42,16 @@ class Call(NamedTuple):
     D: int
     batch_first: bool
     dropout: float  # between layers: 0 where it does not act
+
+
+def sizes_of(weights: Items[Tensor], L: int, D: int) -> tuple[int, int, int, int]:
+    """How many weights a direction has, H, P and N; of weights that fit."""
+    each = len(weights) // (L * D)
+    if each % 2 == 0:
+        H = weights[1].shape[1]
+        return each, H, 0, H
+    P, H = weights[each - 1].shape
+    return each, H, P, P
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -102,6 +112,7 @@ def fit(
     rnnfast.torch.bridge.Misfit: weight_ih_l0: got torch.float32 tensor of shape (5, 3) on cpu; ...
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
+    pair = "c" in cell.states
     dimensions = "T, B, I" if batch_sizes is None else "rows, I"
     if x.layout is not torch.strided or x.is_nested:  # which may have no shape
         _refuse("input", x, x, dimensions)
@@ -112,18 +123,25 @@ def fit(
         _refuse("input", x, x, dimensions)
     if device.type not in ("cpu", "meta"):
         _refuse("input", x, x, dimensions)
-    if L < 1 or D not in (1, 2) or len(weights) not in (2 * L * D, 4 * L * D):
+    each, odd = divmod(len(weights), max(L * D, 1))
+    if L < 1 or D not in (1, 2) or odd or each not in (2, 4, *([3, 5] if pair else [])):
         got = f"{len(weights)} of {L} layers in {D} directions"
-        checks.fail(Misfit, "weights", got, "2 or 4 for each layer, in 1 or 2 directions")
-    each = len(weights) // (L * D)
-    H = weights[1].shape[-1] if weights[1].dim() == 2 else 0
-    if H < 1 or shape[-1] < 1:
-        _refuse("weight_hh_l0", weights[1], x, "G*H, H, both at least 1")
+        needs = "2 or 4 for each layer, in 1 or 2 directions; an LSTM may have a projection, too"
+        checks.fail(Misfit, "weights", got, needs)
+    last = weights[each - 1 if each % 2 else 1]
+    if last.dim() != 2 or min(last.shape) < 1 or shape[-1] < 1:
+        _refuse("weight_hh_l0", last, x, "G*H, H, both at least 1")
+    _, H, P, N = sizes_of(weights, L, D)
+    if P >= H:
+        _refuse("weight_hr_l0", last, x, "P, H, P less than H")
     rows, I = len(cell.gates) * H, shape[-1]
-    shapes = (rows, I), (rows, H), (rows,), (rows,)
+    # Of a direction's own, in their order.
+    shapes: list[tuple] = [(rows, I), (rows, N)]
+    shapes += [(rows,), (rows,)] * (each > 3)
+    shapes += [(P, H)] * (each % 2)
     for i, weight in enumerate(weights):
         if i == each * D:
-            shapes = (rows, D * H), *shapes[1:]
+            shapes[0] = rows, D * N
         needed = shapes[i % each]
         # Not by _is: of small calls this is the longest part.
         if (
@@ -133,16 +151,16 @@ def fit(
             or weight.layout is not torch.strided
         ):
             layer, d = divmod(i // each, D)
-            _refuse(f"{PARAMETERS[i % each]}_l{layer}{ENDS[d]}", weight, x, needed)
+            names = (*PARAMETERS[: each // 2 * 2], "weight_hr")
+            _refuse(f"{names[i % each]}_l{layer}{ENDS[d]}", weight, x, needed)
     if batch_sizes is not None:
         T, state = batch_sizes.shape[0], c_0 if h_0 is None else h_0
         B = state.shape[1] if state is not None and state.dim() == 3 else -1
     else:
         B, T = (shape[0], shape[1]) if call.batch_first else (shape[1], shape[0])
-    states = L * D, B, H
-    for name, state in (("h_0", h_0), ("c_0", c_0)):
-        if state is not None and not _is(state, dtype, device, states):
-            _refuse(name, state, x, states)
+    for name, state, size in (("h_0", h_0, N), ("c_0", c_0, H)):
+        if state is not None and not _is(state, dtype, device, (L * D, B, size)):
+            _refuse(name, state, x, (L * D, B, size))
     return T, B
 
 
@@ -226,7 +244,7 @@ def _pack(
     cell: Cell, weights: Items[Tensor], L: int, D: int, kind: int, workers: int, layer: int
 ) -> Any:
     """The pack of a layer's weights. They are known to fit, so their addresses tell all of them."""
-    each = len(weights) // (L * D)
+    each, H, P, _ = sizes_of(weights, L, D)
     own = weights[layer * D * each : (layer + 1) * D * each]
     itemsize = own[0].itemsize
     at, copies = [], []  # these are kept until all is packed
@@ -236,26 +254,41 @@ def _pack(
             copies.append(weight.clone(memory_format=torch.contiguous_format))
             address = copies[-1].data_ptr()
         at.append(address)
-    if each == 2:
-        by_direction = tuple((*at[d * 2 : d * 2 + 2], None, None) for d in range(D))
-    else:
+    if each == 4:
         by_direction = (tuple(at),) if D == 1 else (tuple(at[:4]), tuple(at[4:]))
-    sizes = own[0].shape[1], own[1].shape[1], itemsize
+    else:
+        by_direction = tuple(_in_order(at[d * each : (d + 1) * each]) for d in range(D))
+    sizes = own[0].shape[1], H, P, itemsize
     return _kernels.pack(cell.number, by_direction, kind, workers, config.plan, sizes)
+
+
+def _in_order(own: Items[Any]) -> tuple:
+    """A direction's weights, or what belongs to them, as kernels take them: see PARAMETERS."""
+    biases = own[2:4] if len(own) > 3 else (None, None)
+    projection = (None, own[-1]) if len(own) % 2 else ()
+    return (*own[:2], *biases, *projection)
 
 
 # ------------------------------------------------------------------------------------- the tape
 
 
-def tape_numbers(cell: Cell, T: Any, B: Any, H: int, L: int, D: int) -> Any:
+def tape_numbers(cell: Cell, T: Any, B: Any, H: int, P: int, L: int, D: int) -> Any:
     """Length of the flat tape of a call; T and B may be symbols of the compiler's."""
-    states = len(cell.states) * D * (T + 1) * B * H
+    N = P or H
+    states = D * (T + 1) * B * (N + H * (len(cell.states) - 1))
     gates = D * T * B * len(cell.tape_gates) * H
-    return L * (states + gates) + (L - 1) * T * B * D * H
+    return L * (states + gates) + (L - 1) * T * B * D * N
 
 
 def _tapes(
-    cell: Cell, flat: np.ndarray, x: Sequence, H: int, L: int, D: int, lengths: np.ndarray | None
+    cell: Cell,
+    flat: np.ndarray,
+    x: Sequence,
+    H: int,
+    P: int,
+    L: int,
+    D: int,
+    lengths: np.ndarray | None,
 ) -> list[Tape]:
     """The layers' tapes, in pieces of a flat one."""
     end = 0
@@ -265,7 +298,7 @@ def _tapes(
         start, end = end, end + math.prod(shape)
         return flat[start:end].reshape(shape)
 
-    return stack.new_tapes(cell, x, H, L, D, lengths, None, piece)
+    return stack.new_tapes(cell, x, H, P, L, D, lengths, None, piece)
 
 
 def _dropout(call: Call, seed: Tensor | None) -> stack.Dropout:
@@ -284,25 +317,25 @@ def forward(
     """y, h_n, c_n (None of a cell without c) and, to `keep`, the flat tape for `backward`.
 
     x [T, B, I], [B, T, I] of a call with batch_first, or packed [rows, I] with batch_sizes; y in
-    the layout of x; states [L*D, B, H], None for zeros. All are on the CPU, of the weights' dtype.
-    Raises Misfit if tensors do not fit.
+    the layout of x; states [L*D, B, N], [L*D, B, H], None for zeros. All are on the CPU, of the
+    weights' dtype. Raises Misfit if tensors do not fit.
     """
     cell, L, D = CELLS[call.cell], call.L, call.D
     x, h_0, c_0, *weights = held(x, h_0, c_0, *weights)
     layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, h_0, c_0, weights))
     workers, given = call_threads(), _rows(x)
     T, B = layout.T, layout.B
-    dtype, H = given.dtype, weights[1].shape[1]
-    kept = tape_numbers(cell, T, B, H, L, D) if keep else 0
+    dtype, (_, H, P, N) = given.dtype, sizes_of(weights, L, D)
+    kept = tape_numbers(cell, T, B, H, P, L, D) if keep else 0
     checks.room("input", kept + T * B * (given.shape[-1] + 2 * D * H), given.itemsize)
-    y = layout.new(D * H, dtype)
-    h_n = np.empty((L * D, B, H), dtype)
+    y = layout.new(D * N, dtype)
+    h_n = np.empty((L * D, B, N), dtype)
     c_n = np.empty((L * D, B, H), dtype) if "c" in cell.states else None
     flat = tapes = None
     steps = layout.steps(given)
     if keep:
         flat = new_array((kept,), dtype)
-        tapes = _tapes(cell, flat, steps, H, L, D, layout.lengths)
+        tapes = _tapes(cell, flat, steps, H, P, L, D, layout.lengths)
     pack = partial(_pack, cell, weights, L, D, FORWARD, workers)
     stack.forward(
         cell, pack, L, D, steps, _whole(h_0), _whole(c_0), layout.steps(y), h_n, c_n,
@@ -329,31 +362,29 @@ def backward(
     x, dy, dh_n, dc_n, tape, *weights = held(x, dy, dh_n, dc_n, tape, *weights)
     layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, dh_n, dc_n, weights))
     workers, given = call_threads(), _rows(x)
-    dtype, I, H = given.dtype, given.shape[-1], weights[1].shape[1]
+    dtype, I, (each, H, P, N) = given.dtype, given.shape[-1], sizes_of(weights, L, D)
     T, B = layout.T, layout.B
-    shape = (*x.shape[:-1], D * H)
+    shape = (*x.shape[:-1], D * N)
     if dy is not None and not _is(dy, x.dtype, x.device, shape):
         _refuse("dy", dy, x, shape)
-    numbers = (tape_numbers(cell, T, B, H, L, D),)
+    numbers = (tape_numbers(cell, T, B, H, P, L, D),)
     if not _is(tape, x.dtype, x.device, numbers):
         _refuse("tape", tape, x, numbers)
     if len(needed) != 3 + len(weights):
         checks.fail(Misfit, "needed", f"{len(needed)}", f"{3 + len(weights)}")
     need_x, need_h, need_c = needed[:3]
     dx = layout.new(I, dtype) if need_x else None
-    dh_0 = np.empty((L * D, B, H), dtype) if need_h else None
+    dh_0 = np.empty((L * D, B, N), dtype) if need_h else None
     dc_0 = np.empty((L * D, B, H), dtype) if need_c and "c" in cell.states else None
     grads = [
         new_array(tuple(w.shape), dtype) if need else None
         for w, need in zip(weights, needed[3:], strict=True)
     ]
-    each = len(weights) // (L * D)
-    none = (None,) * (4 - each)
     by_layer: list[tuple | None] = []
     for layer in range(L):
         own = grads[layer * D * each : (layer + 1) * D * each]
         wanted = any(g is not None for g in own)
-        of_each = ((*own[d * each : (d + 1) * each], *none) for d in range(D))
+        of_each = (_in_order(own[d * each : (d + 1) * each]) for d in range(D))
         by_layer.append(tuple(of_each) if wanted else None)
     lowest = 0
     if not (need_x or need_h or need_c):
@@ -362,7 +393,7 @@ def backward(
         flat, steps = checks.contiguous(_array(tape)), layout.steps(given)
         stack.backward(
             partial(_pack, cell, weights, L, D, BACKWARD, workers),
-            _tapes(cell, flat, steps, H, L, D, layout.lengths), D,
+            _tapes(cell, flat, steps, H, P, L, D, layout.lengths), D,
             None if dy is None else layout.steps(_rows(dy)), _whole(dh_n), _whole(dc_n),
             None if dx is None else layout.steps(dx), dh_0, dc_0, by_layer,
             _dropout(call, seed), workers, lowest,

@@ -15,19 +15,22 @@ from torch import Tensor
 
 from .. import stack
 from ..cells import CELLS
-from .bridge import Call, packed_rows
+from .bridge import Call, packed_rows, sizes_of
 from .threads import call_threads
 
 
 def _cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Items[Tensor]) -> tuple:
-    """One step: x [b, I], h, c [b, H] -> the next h and c; equations as in `rnnfast.reference`."""
+    """One step: x [b, I], h [b, N], c [b, H] -> the next h and c; equations as in
+    `rnnfast.reference`."""
     W, R, *biases = weights
+    projection = biases.pop() if len(weights) % 2 else None
     b_ih, b_hh = biases or (None, None)
     a, b = torch.nn.functional.linear(x, W, b_ih), torch.nn.functional.linear(h, R, b_hh)
     if cell == "lstm":
         i, f, g, o = (a + b).chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return h if projection is None else torch.nn.functional.linear(h, projection), c
     if cell == "gru":
         (ar, az, an), (br, bz, bn) = a.chunk(3, 1), b.chunk(3, 1)
         r, z = torch.sigmoid(ar + br), torch.sigmoid(az + bz)
@@ -58,13 +61,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """y, h_n and c_n (None of a cell without c) of `bridge.forward`, to differentiate."""
     L, D = call.L, call.D
-    each = len(weights) // (L * D)
-    H = weights[1].shape[1]
+    each, H, _, N = sizes_of(weights, L, D)
     B = int(batch_sizes[0]) if batch_sizes is not None else x.shape[0 if call.batch_first else 1]
     if batch_sizes is not None:
         packed_rows(batch_sizes.numpy(), x.shape[0], B)
     if h_0 is None:
-        h_0 = x.new_zeros((L * D, B, H))
+        h_0 = x.new_zeros((L * D, B, N))
     if c_0 is None and "c" in CELLS[call.cell].states:
         c_0 = x.new_zeros((L * D, B, H))
     if batch_sizes is not None:
@@ -86,7 +88,7 @@ def forward(
         if call.dropout and seed is not None and layer < L - 1:
             steps = _dropped(call, seed, layer, steps)
     if not steps:
-        y = x.new_zeros((*x.shape[:2], D * H))
+        y = x.new_zeros((*x.shape[:2], D * N))
     elif batch_sizes is not None:
         y = torch.cat(steps)
     else:

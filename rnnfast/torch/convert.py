@@ -51,7 +51,7 @@ def convert(model: nn.Module) -> Conversion:
 
     The new modules have the very parameters of the old ones, their training mode and their hooks,
     so optimisers, state_dicts and ties go on. A module that appears twice is swapped for one. What
-    cannot be swapped (subclasses and parametrised modules, projections, other dtypes and devices)
+    cannot be swapped (subclasses and parametrised modules, other dtypes and devices)
     is left as it is and still right; a warning names it. Cells are left, too, and without a
     warning: a single step has nothing to gain.
 
@@ -99,8 +99,6 @@ def _reason(module: nn.Module) -> str:
         return "compiled by TorchScript"
     if type(module) not in OURS:
         return f"a subclass, {type(module).__name__}, which may compute something else"
-    if getattr(module, "proj_size", 0):
-        return f"proj_size={module.proj_size}: projections are not built yet"
     if getattr(module, "nonlinearity", "tanh") not in ("tanh", "relu"):
         return f"nonlinearity={module.nonlinearity!r}"
     if "forward" in vars(module):

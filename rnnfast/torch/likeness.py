@@ -33,9 +33,6 @@ class Like(nn.Module):
         for name in self._attributes:
             if hasattr(template, name):
                 setattr(self, name, getattr(template, name))
-        if getattr(template, "proj_size", 0):
-            needs = "0: projections are not built yet"
-            checks.fail(ValueError, "proj_size", str(template.proj_size), needs)
         for name, parameter in template._parameters.items():
             if parameter is not None:
                 shape = parameter.shape

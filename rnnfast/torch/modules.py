@@ -48,7 +48,7 @@ class Recurrent(Like):
         return CELL_OF_MODE[self.mode]
 
     def _arguments(self) -> dict[str, Any]:
-        names = self._attributes[2:-1]
+        names = self._attributes[2 : None if self._theirs is nn.LSTM else -1]  # without proj_size
         arguments = {name: getattr(self, name) for name in names}
         if self._theirs is nn.RNN:
             arguments["nonlinearity"] = self.nonlinearity
@@ -60,7 +60,7 @@ class Recurrent(Like):
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """The parameters of each layer and direction."""
-        each = 4 if self.bias else 2
+        each = (4 if self.bias else 2) + (self.proj_size > 0)
         weights = self._weights()
         return [weights[i : i + each] for i in range(0, len(weights), each)]
 
@@ -69,8 +69,8 @@ class Recurrent(Like):
 
         hx: the initial state [L*D, B, H], for the LSTM a pair (h_0, c_0) of them ([L*D, H]
         unbatched), or None for zeros. Returns the output, [T, B, D*H] in the layout of the input,
-        and the last state, like hx. Computed in the weights' dtype, float32 or float64; under
-        autocast, other inputs are converted to it.
+        and the last state, like hx. With proj_size, h has as many numbers instead of H. Computed in
+        the weights' dtype, float32 or float64; under autocast, other inputs are converted to it.
         """
         weights = self._weights()
         packed = isinstance(input, PackedSequence)
@@ -161,8 +161,6 @@ class RNN(Recurrent):
 
 class LSTM(Recurrent):
     """`torch.nn.LSTM`, with the same arguments, parameters, results and errors, but for its speed.
-
-    proj_size is not built yet, so 0.
 
     >>> lstm = LSTM(3, 5, num_layers=2, bidirectional=True)
     >>> y, (h_n, c_n) = lstm(torch.zeros(7, 2, 3))

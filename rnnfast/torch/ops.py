@@ -46,15 +46,15 @@ def _(
 ):  # fmt: skip
     call = Call(cell, layers, directions, batch_first, dropout)
     T, B = bridge.fit(call, x, batch_sizes, h_0, c_0, weights)
-    row, H = CELLS[cell], weights[1].shape[1]
-    width = directions * H
+    row, (_, H, P, N) = CELLS[cell], bridge.sizes_of(weights, layers, directions)
+    width = directions * N
     if batch_sizes is not None and h_0 is None:  # how many rows, their sizes know alone
         B = torch.library.get_ctx().new_dynamic_size()
     y = x.new_empty((*x.shape[:-1], width))
-    states = layers * directions, B, H
-    numbers = bridge.tape_numbers(row, T, B, H, layers, directions) if keep else 0
-    c_n = x.new_empty(states if "c" in row.states else 0)
-    return y, x.new_empty(states), c_n, x.new_empty(numbers)
+    rows = layers * directions
+    numbers = bridge.tape_numbers(row, T, B, H, P, layers, directions) if keep else 0
+    c_n = x.new_empty((rows, B, H) if "c" in row.states else 0)
+    return y, x.new_empty((rows, B, N)), c_n, x.new_empty(numbers)
 
 
 @torch.library.custom_op("rnnfast::backward", mutates_args=())
