@@ -377,7 +377,7 @@ def test_weights_of_another_variant_are_refused():
     peephole = tuple(rnnfast.LSTM(I, H, peephole=True).params.values())
     with pytest.raises(ValueError, match=r"^weights: .*; needs \(W, R, b_ih, b_hh, P\) or"):
         functional.lstm_forward(x, None, plain, peephole=True)
-    with pytest.raises(ValueError, match=r"^weights: .*; needs \(W, R, b_ih, b_hh\) or"):
+    with pytest.raises(ValueError, match=r"^weights \(W_hr\): got shape .*; needs \[P, H\]"):
         functional.lstm_forward(x, None, peephole)
     with pytest.raises(TypeError, match=r"^weights \(P\): got None"):
         functional.lstm_forward(x, None, (*plain, None), peephole=True)
