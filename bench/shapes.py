@@ -151,9 +151,8 @@ class Suite:
 
 
 def _options(row: Cell) -> str:
-    """What is set of a cell's options, in words."""
-    words = [f"{name}={value}" for name, value in row.options.items() if value is not False]
-    return f" ({', '.join(words)})" if words else ""
+    """A cell's options, in words."""
+    return f" ({', '.join(f'{name}={value}' for name, value in row.options.items())})"
 
 
 SUITES: dict[str, Suite] = {

@@ -65,7 +65,7 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 42  # of one call: 11 arrays, 12 gradients, 4 of a light tape, 6 to add to, 4 starts
+    MOST_VIEWS = 37  # of one call: 11 arrays, 12 gradients, 4 of a light tape, 6 to add to, 4 starts
 
 
 cdef struct Views:

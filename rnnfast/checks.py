@@ -131,13 +131,13 @@ def finite(name: str, value: Any, dtype: np.dtype) -> float:
     >>> finite("forget_bias", 1, FLOAT32)
     1.0
     """
-    needs = f"a finite number in {dtype}"
+    needs = f"a finite number within {dtype}"
     try:
         number = float(_number(name, value, needs))
     except OverflowError:
         number = math.inf
-    if not abs(number) <= np.finfo(dtype).max:  # a NaN is not
-        fail(ValueError, name, describe(value), needs)
+    if not abs(number) <= float(np.finfo(dtype).max):  # a NaN is not
+        fail(ValueError, name, str(number), needs)
     return number
 
 
@@ -693,12 +693,13 @@ def _prefix(given: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     return ""
 
 
-CELL_OF_GATES = {1: ": of an RNN?", 3: ": of a GRU?", 4: ": of an LSTM?"}
+CELL_OF_GATES = {1: ": of an RNN?", 3: ": of a GRU, or a coupled LSTM?", 4: ": of an LSTM?"}
 
 
 def _other_sizes(arrays: Mapping[str, ndarray], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """A hint at the other cell or sizes of which a module's parameters are."""
-    if not {"weight_ih_l0", "weight_hh_l0"} <= arrays.keys() & shapes.keys():
+    known = arrays.keys() & shapes.keys()
+    if not {"weight_ih_l0", "weight_hh_l0"} <= known or "weight_hr_l0" in shapes:
         return ""
     W, R = arrays["weight_ih_l0"].shape, arrays["weight_hh_l0"].shape
     rows, H = shapes["weight_hh_l0"]

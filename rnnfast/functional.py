@@ -100,7 +100,7 @@ class Gradients(NamedTuple):
 
     - `x`: shaped as the input
     - `state`: shaped as the initial state: (dh_0, dc_0) for the LSTM, dh_0 for others
-    - `weights`: (dW, dR, db_ih, db_hh) for one direction, a pair of these for two
+    - `weights`: one for each of the layer's for one direction, a pair of these for two
     - `plan`, `threads`: what ran
     """
 
@@ -196,7 +196,7 @@ def run_backward(
 ) -> tuple[str, int]:  # fmt: skip
     """One layer backward into dx, dh_0, dc_0 and grads (each None where not wanted).
 
-    `grads` has one (dW, dR, db_ih, db_hh) per direction. With `add_to`, the same of one direction,
+    `grads` has one for each of PARAMETERS per direction. With `add_to`, the same of one direction,
     gradients are added to that, or replace it, all or none, and grads is scratch. Returns what ran.
     """
     x, gates, h, c, light = tape.x, tape.gates, tape.h, tape.c, None
@@ -454,8 +454,9 @@ def as_steps(array: np.ndarray, batch_first: bool, unbatched: bool) -> np.ndarra
 def _backward(
     cell: Cell, tape: Tape, weights: Any, dy: Any, dstate: Any, need: Iterable[str]
 ) -> Gradients:
-    needed = checks.choices("need", need, NEEDS)
     packed, raw = _pack(cell, weights, BACKWARD)
+    own = "x", "state", *cell.parameters(packed.proj_size > 0)
+    needed = set(own) if need is NEEDS else checks.choices("need", need, own)
     I, H, P, D = packed.input_size, packed.hidden_size, packed.proj_size, packed.directions
     N, dtype = P or H, _dtype(packed)
     tape = own_tape(tape, cell, (I, H, P, D), dtype)
@@ -548,14 +549,16 @@ def lstm_forward(
     reverse: bool = False, train: bool = True, tape: str = "full", peephole: bool = False,
     coupled: bool = False,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], Tape | None]:  # fmt: skip
-    """A layer of LSTM cells through time (equations: `rnnfast.reference.lstm_step`).
+    """A layer of LSTM cells through time (equations: `rnnfast.reference.lstm_step` and its
+    variants).
 
     x [T, B, I], [B, T, I] with `batch_first`, or [T, I]; state: (h_0, c_0), each [D, B, H]
     ([D, H] for an x of two dimensions), or None for zeros; lengths [B], the valid steps of each
     row; reverse: one direction, from each row's last valid step to its first; tape: "light" keeps
     states at some sqrt(T) steps alone, and backward computes all others again, to the same bits.
     peephole: gates see c, through a fifth weight P [3*H], of i, f and o; coupled: the forget gate
-    is 1 - i, so that G is 3 (i g o), and P, of i and o, [2*H].
+    is 1 - i, so that G is 3 (i g o), and P, of i and o, [2*H]. A projection W_hr [P, H], if it is
+    the last of the weights, makes h and y of P numbers instead of H; R is [G*H, P] then.
 
     Returns y [T, B, D*H] in the layout of x, zero past a row's length; (h_n, c_n), the states
     after each row's last valid step; and the tape, None without `train`. Raises TypeError,
@@ -579,8 +582,8 @@ def lstm_backward(
 
     weights: those of the forward call; dy: shaped as y, dstate: (dh_n, dc_n) shaped as the states,
     each may be None for zeros; need: which of "x", "state", "weight_ih", "weight_hh", "bias_ih",
-    "bias_hh" and "weight_peephole" to compute, of those that there are; peephole, coupled: those of
-    the forward call. Returns `Gradients`. Raises as `lstm_forward`.
+    "bias_hh", "weight_peephole" and "weight_hr" to compute, all by default; peephole, coupled:
+    those of the forward call. Returns `Gradients`. Raises as `lstm_forward`.
 
     >>> import numpy as np
     >>> weights = np.ones((4, 1)), np.ones((4, 1)), None, None

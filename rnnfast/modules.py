@@ -97,6 +97,7 @@ class Recurrent:
             checks.fail(ValueError, type(self).__name__, "a module that is built", "a new one")
         self._arguments = arguments = _checked(arguments)
         self._cell = cell = type(self)._cell_of(arguments)
+        arguments.update(cell.options)  # as they were checked
         if fill:  # called by __init__: the warning points at the line that called that
             checks.dropout_acts(arguments["dropout"], arguments["num_layers"], 3)
         I, H, L = arguments["input_size"], arguments["hidden_size"], arguments["num_layers"]
@@ -688,7 +689,7 @@ class LSTM(Recurrent):
 class GRU(Recurrent):
     """A stack of layers of gated recurrent units, gates r z n as in torch.nn.GRU.
 
-    Arguments as of `LSTM`, without proj_size; reset_after: the reset gate scales R h + b_hn
+    Arguments as of `RNN`, without nonlinearity; reset_after: the reset gate scales R h + b_hn
     (PyTorch's form), or, if False, h before the product (ONNX's default). The states are one array.
 
     >>> gru = GRU(3, 5, batch_first=True)

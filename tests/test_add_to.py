@@ -7,6 +7,7 @@ what the scratch held, nor with accumulate=False what was there before.
 import itertools
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,11 +15,17 @@ import pytest
 import rnnfast
 from rnnfast import functional
 
-KINDS = {"lstm": rnnfast.LSTM, "gru": rnnfast.GRU, "rnn": rnnfast.RNN}
+KINDS = {
+    "lstm": rnnfast.LSTM,
+    "gru": rnnfast.GRU,
+    "rnn": rnnfast.RNN,
+    "lstm, all": partial(rnnfast.LSTM, peephole=True, proj_size=3),
+}
 BACKWARD = {
     "lstm": functional.lstm_backward,
     "gru": functional.gru_backward,
     "rnn": functional.rnn_backward,
+    "lstm, all": partial(functional.lstm_backward, peephole=True),
 }
 # T, B, I, H, lengths: one panel of a gradient and several, small ones at the end, none at all.
 SHAPES = (
@@ -30,6 +37,17 @@ SHAPES = (
     (2, 2, 3, 4, [0, 0]),
     (0, 2, 3, 4, None),
 )
+
+
+def weights_of(module):
+    """A layer's parameters as functions take them."""
+    names = module._cell.parameters("weight_hr_l0" in module.params)
+    return tuple(module.params.get(f"{name}_l0") for name in names)
+
+
+def output_of(module):
+    """Numbers of y at a step, in one direction."""
+    return getattr(module, "proj_size", 0) or module.hidden_size
 
 
 def dirty(module):
@@ -54,15 +72,15 @@ def test_what_is_added(kind, bias, threads):
     try:
         for (T, B, I, H, lengths), tape in itertools.product(SHAPES, ("full", "light")):
             rng = np.random.default_rng(T * B + H)
-            x, dy = (rng.standard_normal((T, B, n), dtype=np.float32) for n in (I, H))
             module = KINDS[kind](I, H, bias=bias, seed=1)
+            widths = I, output_of(module)
+            x, dy = (rng.standard_normal((T, B, n), dtype=np.float32) for n in widths)
             trained(module, x, dy, lengths, tape)  # a scratch is there now
             dirty(module)
             base = rng.standard_normal(module.flat_grads.size, dtype=np.float32)
             module.flat_grads = base
             kept = trained(module, x, dy, lengths, tape)
-            weights = tuple(module.params.values()) + (() if bias else (None, None))
-            fresh = BACKWARD[kind](kept.layers[0], weights, dy, None).weights
+            fresh = BACKWARD[kind](kept.layers[0], weights_of(module), dy, None).weights
             fresh = np.concatenate([g.ravel() for g in fresh if g is not None])
             case = f"{T=} {B=} {tape=}"
             np.testing.assert_array_equal(module.flat_grads, base + fresh, err_msg=case)
@@ -100,8 +118,9 @@ def test_a_panel_too_long_to_go_unpolled_adds_the_same():
 @pytest.mark.parametrize("kind", KINDS)
 def test_stacks_and_two_directions_replace_too(kind):
     rng = np.random.default_rng(3)
-    x, dy = (rng.standard_normal((9, 3, n), dtype=np.float32) for n in (6, 10))
     module = KINDS[kind](6, 5, 2, bidirectional=True, seed=1)
+    widths = 6, 2 * output_of(module)
+    x, dy = (rng.standard_normal((9, 3, n), dtype=np.float32) for n in widths)
     trained(module, x, dy, None, "full")
     once = module.flat_grads.copy()
     dirty(module)

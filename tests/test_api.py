@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pytest
@@ -386,6 +387,42 @@ def test_weights_of_another_variant_are_refused():
     _, _, tape = functional.lstm_forward(x, None, peephole, peephole=True)
     with pytest.raises(ValueError, match=r"^tape: got one of cell 'lstm_peephole'; needs one of"):
         functional.lstm_backward(tape, plain, None, None)
+
+
+def test_options_are_taken_as_they_were_checked(tmp_path):
+    lstm = rnnfast.LSTM(I, H, peephole=np.True_, proj_size=np.int64(2), forget_bias=np.float32(1))
+    assert repr(lstm) == f"LSTM({I}, {H}, proj_size=2, peephole=True, forget_bias=1.0)"
+    lstm.save(tmp_path / "saved")
+    assert repr(rnnfast.load(tmp_path / "saved")) == repr(lstm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in (1e39, np.float64(1e39)):
+            with pytest.raises(
+                ValueError, match=r"^forget_bias: got 1e\+39; needs a finite number"
+            ):
+                rnnfast.LSTM(I, H, forget_bias=value)
+
+
+def test_a_pickle_of_the_version_before_peepholes():
+    lstm = rnnfast.LSTM(I, H, seed=1)
+    state = lstm.__getstate__()
+    for name in ("peephole", "coupled", "forget_bias"):
+        del state["arguments"][name]
+    again = rnnfast.LSTM.__new__(rnnfast.LSTM)
+    again.__setstate__(state)
+    assert repr(again) == repr(lstm) and bits(again.flat) == bits(lstm.flat)
+
+
+def test_gradients_that_there_are_not_are_refused():
+    for module, backward, name in (
+        (rnnfast.GRU(I, H), functional.gru_backward, "weight_peephole"),
+        (rnnfast.LSTM(I, H), functional.lstm_backward, "weight_hr"),
+    ):
+        weights = tuple(module.params.values())
+        forward = getattr(functional, backward.__name__.replace("backward", "forward"))
+        _, _, tape = forward(random(T, B, I), None, weights)
+        with pytest.raises(ValueError, match=f"^need: got '{name}'"):
+            backward(tape, weights, None, None, need=name)
 
 
 def test_forget_bias():

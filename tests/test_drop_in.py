@@ -886,6 +886,19 @@ def test_weights_that_do_not_fit_are_refused():
         assert str(caught.value).startswith(f"{name}: got {got}"), caught.value
         needs = "a dense tensor" if "sparse" in got else f"a torch.float32 tensor of shape {shape}"
         assert f"; needs {needs}" in str(caught.value)
+    for name, value in (("num_layers", 2), ("bidirectional", True), ("hidden_size", 5)):
+        lstm = drop_in.LSTM(3, 4)
+        setattr(lstm, name, value)  # it now wants other parameters than it has
+        with pytest.raises(RuntimeError, match=r"^input.size\(-1\) must be equal"):
+            lstm(torch.ones(5, 2, 2))
+        if name != "hidden_size":
+            with pytest.raises(bridge.Misfit, match=r"^weight.*_l.*: got .*; needs"):
+                lstm(torch.ones(5, 2, 3))
+    lstm = drop_in.LSTM(3, 4)
+    for name in list(lstm._parameters):
+        setattr(lstm, name, None)
+    with pytest.raises((RuntimeError, ValueError)):
+        lstm(torch.ones(5, 2, 3))
     half = drop_in.LSTM(3, 4).to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"^input: got torch.bfloat16 .* needs torch.float32 or"):
         half(torch.ones(5, 2, 3, dtype=torch.bfloat16))

@@ -117,7 +117,7 @@ def test_parameters_of_other_sizes_are_told_theirs():
         (rnnfast.LSTM(I, 32, 2), "these fit hidden_size 32"),
         (rnnfast.LSTM(7, H, 2), "these fit input_size 7"),
         (rnnfast.LSTM(7, 32, 2), "these fit input_size 7, hidden_size 32"),
-        (rnnfast.GRU(I, H, 2), "these have 3 gates instead of 4: of a GRU?"),
+        (rnnfast.GRU(I, H, 2), "these have 3 gates instead of 4: of a GRU, or a coupled LSTM?"),
         (rnnfast.RNN(7, 32, 2), "these have 1 gate instead of 4: of an RNN?"),
     ):
         assert hint(lstm, other.state_dict()) == want

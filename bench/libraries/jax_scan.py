@@ -137,13 +137,7 @@ def _equations(jax: Any, cell: str) -> tuple[Callable, Callable]:
     def rnn_relu(z: Any, state: tuple, R_T: Any, b_hh: Any) -> tuple:
         return (jax.nn.relu(z + state[0] @ R_T),)
 
-    def lstm(z: Any, state: tuple, R_T: Any, b_hh: Any) -> tuple:
-        h, c = state
-        i, f, g, o = jnp.split(z + h @ R_T, 4, axis=-1)
-        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
-        return sigmoid(o) * tanh(c), c
-
-    def lstm_variant(z: Any, state: tuple, R_T: Any, b_hh: Any, P: Any = None) -> tuple:
+    def lstm(z: Any, state: tuple, R_T: Any, b_hh: Any, P: Any = None) -> tuple:
         (h, c), row = state, CELLS[cell]
         gates = dict(zip(row.gates, jnp.split(z + h @ R_T, len(row.gates), axis=-1), strict=True))
         if row.peepholes:
@@ -169,5 +163,6 @@ def _equations(jax: Any, cell: str) -> tuple[Callable, Callable]:
         r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
         return ((1 - z) * tanh(x_n + (r * h) @ R_T[:, 2 * H :]) + z * h,)
 
-    steps = {step.__name__: step for step in (rnn_tanh, rnn_relu, lstm, gru, gru_reset_before)}
-    return one_bias if cell == "gru" else both_biases, steps.get(cell, lstm_variant)
+    steps = {step.__name__: step for step in (rnn_tanh, rnn_relu, gru, gru_reset_before)}
+    step = lstm if CELLS[cell].kind == "LSTM" else steps[cell]
+    return one_bias if cell == "gru" else both_biases, step

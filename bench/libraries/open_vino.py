@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...cells import CELLS
 from ..shapes import Problem, Shape
 from . import Library, Prepared, named, onnx_model
 
@@ -41,7 +42,8 @@ class OpenVino(Library):
 
     def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
         stream = mode == "stream"
-        if shape.cell in ("lstm_peephole", "lstm_coupled", "lstm_coupled_peephole"):
+        row = CELLS[shape.cell]
+        if row.peepholes or row.options.get("coupled"):
             raise NotImplementedError("no peepholes and no coupled gates")
         model = self.core.read_model(onnx_model.model(shape, given, mode))
         compiled = self.core.compile_model(model, "CPU", self.options)

@@ -61,24 +61,22 @@ class Like(nn.Module):
 
     def _complain(self, misfit: Misfit, input: Any, hx: Any) -> NoReturn:
         """Raises what torch.nn raises for the same call; for one that it takes, the misfit."""
-        weights = dict(zip(self._names, self._weights(), strict=True))
-        dtype = statistics.mode(w.dtype for w in weights.values() if isinstance(w, Tensor))
+        held = [w for w in self._weights() if isinstance(w, Tensor)]
+        dtype = statistics.mode(w.dtype for w in held) if held else None
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of dropout, once more
             template = self._theirs(**self._arguments(), device="meta", dtype=dtype)
-            for name, parameter in template.named_parameters():
-                own = weights[name]
-                if (
-                    not isinstance(own, Tensor)
-                    or own.shape != parameter.shape
-                    or own.dtype != dtype
-                ):
-                    needs = f"a {dtype} tensor of shape {tuple(parameter.shape)}"
-                    checks.fail(Misfit, name, describe(own), needs)
             with contextlib.suppress(NotImplementedError):  # of what has no twin without memory
                 if isinstance(input, PackedSequence):  # which torch.nn does not look at
                     template.check_input(_as_meta(input.data), input.batch_sizes)
                 template(_as_meta(input), _as_meta(hx))
+            # Not the input, then: a parameter, or attributes that were assigned and want others.
+            for name, parameter in template.named_parameters():
+                own = getattr(self, name, None)
+                fits = isinstance(own, Tensor) and own.shape == parameter.shape
+                if not fits or own.dtype != parameter.dtype:
+                    needs = f"a {parameter.dtype} tensor of shape {tuple(parameter.shape)}"
+                    checks.fail(Misfit, name, describe(own), needs)
         raise misfit from None
 
     def _arguments(self) -> dict[str, Any]:

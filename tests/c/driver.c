@@ -43,7 +43,7 @@ static const struct {
 
 /* Arrays of a problem, each dense, all directions together. Parameters, in the order of their
  * gradients. */
-enum { X, H_0, C_0, W_IH, W_HH, B_IH, B_HH, PEEPHOLE, N_PARAMS };
+enum { X, H_0, C_0, W_IH, W_HH, B_IH, B_HH, PEEPHOLE, PROJECTION, N_PARAMS };
 /* What a run yields. */
 enum {
     Y,
@@ -60,12 +60,13 @@ enum {
     DB_IH,
     DB_HH,
     DP,
+    DPROJECTION,
     N_RESULTS
 };
 enum { N_WEIGHTS = N_RESULTS - DW_IH };
 static const char *const result_names[] = {"y",      "h_n",   "c_n",   "gates", "h_tape",
                                            "c_tape", "dx",    "dh_0",  "dc_0",  "dW",
-                                           "dR",     "db_ih", "db_hh", "dP"};
+                                           "dR",     "db_ih", "db_hh", "dP",    "dW_hr"};
 
 typedef struct {
     rf_shape shape;
@@ -131,6 +132,9 @@ static ptrdiff_t length_of(const problem *p, ptrdiff_t b) {
     return p->lengths ? p->lengths[b] : p->shape.T;
 }
 
+/* Numbers of h. */
+static ptrdiff_t h_size(const problem *p) { return p->shape.P ? p->shape.P : p->shape.H; }
+
 static ptrdiff_t param_count(const problem *p, int param) {
     const rf_shape *s = &p->shape;
     const ptrdiff_t D = s->directions, rows = D * cells[s->cell].gates * s->H;
@@ -138,13 +142,15 @@ static ptrdiff_t param_count(const problem *p, int param) {
     case X:
         return s->T * s->B * s->I;
     case H_0:
-        return D * s->B * s->H;
+        return D * s->B * h_size(p);
     case C_0:
         return cells[s->cell].has_c ? D * s->B * s->H : 0;
     case W_IH:
         return rows * s->I;
     case W_HH:
-        return rows * s->H;
+        return rows * h_size(p);
+    case PROJECTION:
+        return D * s->P * s->H;
     case PEEPHOLE:
         return D * cells[s->cell].peepholes * s->H;
     default:
@@ -157,15 +163,15 @@ static ptrdiff_t result_count(const problem *p, int r) {
     const ptrdiff_t D = s->directions;
     switch (r) {
     case Y:
-        return s->T * s->B * D * s->H;
+        return s->T * s->B * D * h_size(p);
     case H_N:
-        return D * s->B * s->H;
+        return D * s->B * h_size(p);
     case C_N:
         return param_count(p, C_0);
     case GATES:
         return D * s->T * s->B * cells[s->cell].tape_gates * s->H;
     case H_TAPE:
-        return D * (s->T + 1) * s->B * s->H;
+        return D * (s->T + 1) * s->B * h_size(p);
     case C_TAPE:
         return cells[s->cell].has_c ? D * (s->T + 1) * s->B * s->H : 0;
     default:
@@ -190,18 +196,20 @@ NO_SANITIZE static double dot(const double *a, const double *b, ptrdiff_t n) {
     return sum;
 }
 
-/* One row, one step: gates [Gt, H], h and c [H] of what came before. The equations are those of
- * rnnfast/reference.py. m [H] is scratch; a relu is open where `open` [H] is positive, if it is
- * given. */
+/* One row, one step: gates [Gt, H], h [N] and c [H] of what came before. The equations are those of
+ * rnnfast/reference.py. m [H] is scratch, of what a projected h is made of, too; a relu is open
+ * where `open` [H] is positive, if it is given. */
 NO_SANITIZE
 static void naive_step(const problem *p, int d, const double *x, const double *h0, const double *c0,
-                       double *gates, double *h, double *c, double *m, const double *open) {
-    const ptrdiff_t I = p->shape.I, H = p->shape.H, rows = cells[p->shape.cell].gates * H;
-    const double *W = p->param[W_IH] + d * rows * I, *R = p->param[W_HH] + d * rows * H;
+                       double *gates, double *h_out, double *c, double *m, const double *open) {
+    const ptrdiff_t I = p->shape.I, H = p->shape.H, N = h_size(p),
+                    rows = cells[p->shape.cell].gates * H;
+    const double *W = p->param[W_IH] + d * rows * I, *R = p->param[W_HH] + d * rows * N;
     const double *b_ih = p->param[B_IH] + d * rows, *b_hh = p->param[B_HH] + d * rows;
     const double *P = p->param[PEEPHOLE] + d * cells[p->shape.cell].peepholes * H;
+    double *const h = p->shape.P ? m : h_out;
 #define AX(g, u) (dot(W + ((g) * H + (u)) * I, x, I) + b_ih[(g) * H + (u)])
-#define AH(g, u, v) (dot(R + ((g) * H + (u)) * H, v, H) + b_hh[(g) * H + (u)])
+#define AH(g, u, v) (dot(R + ((g) * H + (u)) * N, v, N) + b_hh[(g) * H + (u)])
     if (p->shape.cell == RF_GRU_RESET_BEFORE)
         for (ptrdiff_t u = 0; u < H; u++) m[u] = h0[u] * sigmoid(AX(0, u) + AH(0, u, h0));
     for (ptrdiff_t u = 0; u < H; u++) {
@@ -257,13 +265,15 @@ static void naive_step(const problem *p, int d, const double *x, const double *h
         }
         for (int g = 0; g < cells[p->shape.cell].tape_gates; g++) gates[g * H + u] = gate[g];
     }
+    for (ptrdiff_t j = 0; j < p->shape.P; j++)
+        h_out[j] = dot(p->param[PROJECTION] + (d * p->shape.P + j) * H, m, H);
 #undef AX
 #undef AH
 }
 
 static result naive_forward(const problem *p) {
     const rf_shape *s = &p->shape;
-    const ptrdiff_t T = s->T, B = s->B, H = s->H, D = s->directions;
+    const ptrdiff_t T = s->T, B = s->B, H = s->H, N = h_size(p), D = s->directions;
     const ptrdiff_t GtH = cells[s->cell].tape_gates * H;
     const int has_c = cells[s->cell].has_c;
     result r = {{0}, 0, 0};
@@ -273,8 +283,8 @@ static result naive_forward(const problem *p) {
     for (int d = 0; d < D; d++)
         for (ptrdiff_t b = 0; b < B; b++) {
             const ptrdiff_t n = length_of(p, b);
-            double *h = r.a[H_TAPE] + (d * (T + 1) * B + b) * H, *c = none;
-            memcpy(h, p->param[H_0] + (d * B + b) * H, (size_t)H * sizeof(double));
+            double *h = r.a[H_TAPE] + (d * (T + 1) * B + b) * N, *c = none;
+            memcpy(h, p->param[H_0] + (d * B + b) * N, (size_t)N * sizeof(double));
             if (has_c) {
                 c = r.a[C_TAPE] + (d * (T + 1) * B + b) * H;
                 memcpy(c, p->param[C_0] + (d * B + b) * H, (size_t)H * sizeof(double));
@@ -283,14 +293,14 @@ static result naive_forward(const problem *p) {
                 const ptrdiff_t t = p->reverse >> d & 1 ? n - 1 - step : step;
                 double *gates = GtH ? r.a[GATES] + ((d * T + step) * B + b) * GtH : NULL;
                 double *c_new = has_c ? c + B * H : none;
-                const double *open = p->h_tape ? p->h_tape + (h + B * H - r.a[H_TAPE]) : NULL;
-                naive_step(p, d, p->param[X] + (t * B + b) * s->I, h, c, gates, h + B * H, c_new, m,
+                const double *open = p->h_tape ? p->h_tape + (h + B * N - r.a[H_TAPE]) : NULL;
+                naive_step(p, d, p->param[X] + (t * B + b) * s->I, h, c, gates, h + B * N, c_new, m,
                            open);
-                h += B * H;
+                h += B * N;
                 c = c_new;
-                memcpy(r.a[Y] + ((t * B + b) * D + d) * H, h, (size_t)H * sizeof(double));
+                memcpy(r.a[Y] + ((t * B + b) * D + d) * N, h, (size_t)N * sizeof(double));
             }
-            memcpy(r.a[H_N] + (d * B + b) * H, h, (size_t)H * sizeof(double));
+            memcpy(r.a[H_N] + (d * B + b) * N, h, (size_t)N * sizeof(double));
             if (has_c) memcpy(r.a[C_N] + (d * B + b) * H, c, (size_t)H * sizeof(double));
         }
     free(m);
@@ -316,12 +326,13 @@ typedef struct {
 static place describe(const problem *p, const rf_kernels *k, const variant *v) {
     place w;
     const rf_shape *s = &p->shape;
-    snprintf(w.text, sizeof w.text,
-             "%s %s %s T=%td B=%td I=%td H=%td D=%d reverse=%d lengths=%s; threads=%d plan=%d "
-             "layouts=%d,%d odd=%d inference=%d alias=%d unwanted=%x",
-             cells[s->cell].name, k->isa, k->element == 4 ? "f32" : "f64", s->T, s->B, s->I, s->H,
-             s->directions, p->reverse, p->lengths_kind, v->threads, v->plan, v->x_layout,
-             v->y_layout, v->odd, v->inference, v->alias, v->unwanted);
+    snprintf(
+        w.text, sizeof w.text,
+        "%s %s %s T=%td B=%td I=%td H=%td P=%td D=%d reverse=%d lengths=%s; threads=%d plan=%d "
+        "layouts=%d,%d odd=%d inference=%d alias=%d unwanted=%x",
+        cells[s->cell].name, k->isa, k->element == 4 ? "f32" : "f64", s->T, s->B, s->I, s->H, s->P,
+        s->directions, p->reverse, p->lengths_kind, v->threads, v->plan, v->x_layout, v->y_layout,
+        v->odd, v->inference, v->alias, v->unwanted);
     return w;
 }
 
@@ -567,10 +578,12 @@ static const void *run_pack(run_buffers *run, const problem *p, const rf_kernels
     const ptrdiff_t rows = cells[s->cell].gates * s->H, units = cells[s->cell].peepholes * s->H;
     const rf_weights weights = {
         dense_in(run, "weight_ih", p->param[W_IH] + d * rows * s->I, rows * s->I),
-        dense_in(run, "weight_hh", p->param[W_HH] + d * rows * s->H, rows * s->H),
+        dense_in(run, "weight_hh", p->param[W_HH] + d * rows * h_size(p), rows * h_size(p)),
         zero_or_in(run, "bias_ih", p->param[B_IH] + d * rows, rows, zeros_as_null),
         zero_or_in(run, "bias_hh", p->param[B_HH] + d * rows, rows, zeros_as_null),
         units ? dense_in(run, "peephole", p->param[PEEPHOLE] + d * units, units) : NULL,
+        s->P ? dense_in(run, "weight_hr", p->param[PROJECTION] + d * s->P * s->H, s->P * s->H)
+             : NULL,
     };
     buffer *b = allocate(run, "pack", k->pack_size(s, kind), 1);
     rf_run pack_run = {.threads = 3};
@@ -591,7 +604,8 @@ static void check_ran(const char *where, const variant *v, const rf_run *run) {
 static result run_kernels(const problem *p, const rf_kernels *k, const variant *v,
                           int zeros_as_null) {
     const rf_shape *s = &p->shape;
-    const ptrdiff_t D = s->directions, H = s->H, states = D * s->B * H;
+    const ptrdiff_t D = s->directions, H = s->H, N = h_size(p);
+    const ptrdiff_t h_states = D * s->B * N, c_states = D * s->B * H;
     const int has_c = cells[s->cell].has_c, Gt = cells[s->cell].tape_gates;
     const place at = describe(p, k, v);
     const char *const where = at.text;
@@ -599,7 +613,7 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
     result r = {{0}, 0, 0};
     n_runs++;
 #define WANTED(name) (!(v->unwanted >> (name) & 1))
-#define STATE(name, values) zero_or_in(&run, name, values, states, zeros_as_null)
+#define STATE(name, values, n) zero_or_in(&run, name, values, n, zeros_as_null)
 
     ptrdiff_t *lengths = NULL;
     if (p->lengths) {
@@ -616,19 +630,19 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
     rf_forward_args f = {.shape = *s, .reverse = p->reverse, .step1 = s->T, .lengths = lengths};
     f.run = (rf_run){.threads = v->threads, .plan = v->plan};
     f.x = seq_in(&run, "x", p, v->x_layout, s->I, p->param[X]);
-    f.y = seq_out(&run, "y", p, v->y_layout, D * H);
+    f.y = seq_out(&run, "y", p, v->y_layout, D * N);
     for (int d = 0; d < D; d++) f.pack[d] = run_pack(&run, p, k, RF_PACK_FORWARD, d, zeros_as_null);
-    f.h_0 = STATE("h_0", p->param[H_0]);
-    f.h_n = dense_out(&run, "h_n", states);
+    f.h_0 = STATE("h_0", p->param[H_0], h_states);
+    f.h_n = dense_out(&run, "h_n", h_states);
     if (has_c) {
-        f.c_0 = STATE("c_0", p->param[C_0]);
-        f.c_n = dense_out(&run, "c_n", states);
+        f.c_0 = STATE("c_0", p->param[C_0], c_states);
+        f.c_n = dense_out(&run, "c_n", c_states);
     }
     if (v->alias && f.h_0 && (f.c_0 || !has_c)) {
-        memcpy(f.h_n, f.h_0, (size_t)(states * k->element));
+        memcpy(f.h_n, f.h_0, (size_t)(h_states * k->element));
         f.h_0 = f.h_n;
         if (has_c) {
-            memcpy(f.c_n, f.c_0, (size_t)(states * k->element));
+            memcpy(f.c_n, f.c_0, (size_t)(c_states * k->element));
             f.c_0 = f.c_n;
         }
     }
@@ -642,16 +656,16 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
     check_ran(where, v, &f.run);
     r.plan = f.run.ran_plan;
     r.threads = f.run.ran_threads;
-    r.a[Y] = seq_result(&run, p, &f.y, D * H);
-    r.a[H_N] = dense_result(&run, f.h_n, states);
-    if (has_c) r.a[C_N] = dense_result(&run, f.c_n, states);
+    r.a[Y] = seq_result(&run, p, &f.y, D * N);
+    r.a[H_N] = dense_result(&run, f.h_n, h_states);
+    if (has_c) r.a[C_N] = dense_result(&run, f.c_n, c_states);
     if (v->inference) {
         check_inputs(&run);
         release(&run);
         return r;
     }
     if (Gt) r.a[GATES] = tape_result(&run, p, f.tape.gates, GATES, Gt * H);
-    r.a[H_TAPE] = tape_result(&run, p, f.tape.h, H_TAPE, H);
+    r.a[H_TAPE] = tape_result(&run, p, f.tape.h, H_TAPE, N);
     if (has_c) r.a[C_TAPE] = tape_result(&run, p, f.tape.c, C_TAPE, H);
     for (int i = 0; i < run.n; i++) {
         buffer *b = &run.buffers[i];
@@ -665,15 +679,15 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
     for (int d = 0; d < D; d++)
         g.pack[d] = run_pack(&run, p, k, RF_PACK_BACKWARD, d, zeros_as_null);
     if (!zeros_as_null || !is_zero(p->seed[0], result_count(p, Y)))
-        g.dy = seq_in(&run, "dy", p, v->y_layout, D * H, p->seed[0]);
-    g.dh_n = STATE("dh_n", p->seed[1]);
-    if (has_c) g.dc_n = STATE("dc_n", p->seed[2]);
+        g.dy = seq_in(&run, "dy", p, v->y_layout, D * N, p->seed[0]);
+    g.dh_n = STATE("dh_n", p->seed[1], h_states);
+    if (has_c) g.dc_n = STATE("dc_n", p->seed[2], c_states);
     if (WANTED(DX)) g.dx = seq_out(&run, "dx", p, v->x_layout, s->I);
-    if (WANTED(DH_0)) g.dh_0 = dense_out(&run, "dh_0", states);
-    if (has_c && WANTED(DC_0)) g.dc_0 = dense_out(&run, "dc_0", states);
+    if (WANTED(DH_0)) g.dh_0 = dense_out(&run, "dh_0", h_states);
+    if (has_c && WANTED(DC_0)) g.dc_0 = dense_out(&run, "dc_0", c_states);
     for (int d = 0; d < D; d++) {
-        void **out[] = {&g.grads[d].W, &g.grads[d].R, &g.grads[d].b_ih, &g.grads[d].b_hh,
-                        &g.grads[d].P};
+        void **out[] = {&g.grads[d].W,    &g.grads[d].R,        &g.grads[d].b_ih,
+                        &g.grads[d].b_hh, &g.grads[d].peephole, &g.grads[d].projection};
         for (int i = 0; i < N_WEIGHTS; i++)
             if (WANTED(DW_IH + i) && result_count(p, DW_IH + i))
                 *out[i] = dense_out(&run, result_names[DW_IH + i], result_count(p, DW_IH + i) / D);
@@ -684,15 +698,16 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
     if (g.run.ran_threads > r.threads) r.threads = g.run.ran_threads;
 
     if (WANTED(DX)) r.a[DX] = seq_result(&run, p, &g.dx, s->I);
-    if (WANTED(DH_0)) r.a[DH_0] = dense_result(&run, g.dh_0, states);
-    if (has_c && WANTED(DC_0)) r.a[DC_0] = dense_result(&run, g.dc_0, states);
+    if (WANTED(DH_0)) r.a[DH_0] = dense_result(&run, g.dh_0, h_states);
+    if (has_c && WANTED(DC_0)) r.a[DC_0] = dense_result(&run, g.dc_0, c_states);
     for (int i = 0; i < N_WEIGHTS; i++) {
         if (!WANTED(DW_IH + i) || !result_count(p, DW_IH + i)) continue;
         const ptrdiff_t n = result_count(p, DW_IH + i) / D;
         r.a[DW_IH + i] = numbers(n * D);
         for (int d = 0; d < D; d++) {
-            const void *const from[] = {g.grads[d].W, g.grads[d].R, g.grads[d].b_ih,
-                                        g.grads[d].b_hh, g.grads[d].P};
+            const void *const from[] = {g.grads[d].W,        g.grads[d].R,
+                                        g.grads[d].b_ih,     g.grads[d].b_hh,
+                                        g.grads[d].peephole, g.grads[d].projection};
             for (ptrdiff_t j = 0; j < n; j++)
                 r.a[DW_IH + i][d * n + j] = get_number(&run, from[i], j);
         }
@@ -714,8 +729,8 @@ static char *offset(const run_buffers *run, void *data, ptrdiff_t elements) {
  * from the last slice to the first, forward again with a tape and no y, and backward. */
 static result run_sliced(const problem *p, const rf_kernels *k, const variant *v) {
     const rf_shape *s = &p->shape;
-    const ptrdiff_t D = s->directions, H = s->H, states = s->B * H,
-                    panel = k->backward_panel_steps(s);
+    const ptrdiff_t D = s->directions, H = s->H, N = h_size(p), h_states = s->B * N,
+                    c_states = s->B * H, panel = k->backward_panel_steps(s);
     const int has_c = cells[s->cell].has_c, Gt = cells[s->cell].tape_gates;
     const place at = describe(p, k, v);
     run_buffers run = {.where = at.text, .element = k->element, .odd = v->odd};
@@ -731,31 +746,31 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
     border[n] = 0;
 
     const rf_seq x = seq_in(&run, "x", p, v->x_layout, s->I, p->param[X]);
-    const rf_seq y = seq_out(&run, "y", p, v->y_layout, D * H);
-    const rf_seq dy = seq_in(&run, "dy", p, v->y_layout, D * H, p->seed[0]);
+    const rf_seq y = seq_out(&run, "y", p, v->y_layout, D * N);
+    const rf_seq dy = seq_in(&run, "dy", p, v->y_layout, D * N, p->seed[0]);
     const rf_seq dx = seq_out(&run, "dx", p, v->x_layout, s->I);
-    char *h_n = dense_out(&run, "h_n", D * states), *c_n = dense_out(&run, "c_n", D * states);
-    char *dh = dense_out(&run, "dh", D * states), *dc = dense_out(&run, "dc", D * states);
+    char *h_n = dense_out(&run, "h_n", D * h_states), *c_n = dense_out(&run, "c_n", D * c_states);
+    char *dh = dense_out(&run, "dh", D * h_states), *dc = dense_out(&run, "dc", D * c_states);
     char *grads[N_WEIGHTS];
     for (int i = 0; i < N_WEIGHTS; i++)
         grads[i] = dense_out(&run, result_names[DW_IH + i], result_count(p, DW_IH + i));
     for (int d = 0; d < D; d++) {
-        const ptrdiff_t own = d * states;
+        const ptrdiff_t h_own = d * h_states, c_own = d * c_states;
         rf_forward_args f = {.shape = one, .reverse = p->reverse >> d & 1, .lengths = p->lengths};
         f.run = (rf_run){.threads = v->threads, .plan = v->plan};
         f.pack[0] = run_pack(&run, p, k, RF_PACK_FORWARD, d, 1);
         f.x = x;
         f.workspace = allocate(&run, "workspace", k->forward_workspace(&one, v->threads), 1)->data;
         char *h[MAX_SLICES + 2], *c[MAX_SLICES + 2] = {NULL};
-        h[n] = dense_in(&run, "h_0", p->param[H_0] + own, states);
-        if (has_c) c[n] = dense_in(&run, "c_0", p->param[C_0] + own, states);
+        h[n] = dense_in(&run, "h_0", p->param[H_0] + h_own, h_states);
+        if (has_c) c[n] = dense_in(&run, "c_0", p->param[C_0] + c_own, c_states);
         for (ptrdiff_t i = n - 1; i >= 0; i--) {
-            h[i] = i ? dense_out(&run, "h", states) : offset(&run, h_n, own);
-            if (has_c) c[i] = i ? dense_out(&run, "c", states) : offset(&run, c_n, own);
+            h[i] = i ? dense_out(&run, "h", h_states) : offset(&run, h_n, h_own);
+            if (has_c) c[i] = i ? dense_out(&run, "c", c_states) : offset(&run, c_n, c_own);
             f.step0 = border[i + 1];
             f.step1 = border[i];
             f.y = y;
-            f.y.data = offset(&run, y.data, d * H);
+            f.y.data = offset(&run, y.data, d * N);
             f.h_0 = h[i + 1];
             f.c_0 = c[i + 1];
             f.h_n = h[i];
@@ -768,27 +783,27 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
         g.pack[0] = run_pack(&run, p, k, RF_PACK_BACKWARD, d, 1);
         g.x = x;
         g.dy = dy;
-        g.dy.data = offset(&run, dy.data, d * H);
+        g.dy.data = offset(&run, dy.data, d * N);
         g.dx = dx;
         g.add_dx = d;
-        void **out[] = {&g.grads[0].W, &g.grads[0].R, &g.grads[0].b_ih, &g.grads[0].b_hh,
-                        &g.grads[0].P};
+        void **out[] = {&g.grads[0].W,    &g.grads[0].R,        &g.grads[0].b_ih,
+                        &g.grads[0].b_hh, &g.grads[0].peephole, &g.grads[0].projection};
         for (int i = 0; i < N_WEIGHTS; i++)
             *out[i] = offset(&run, grads[i], d * (result_count(p, DW_IH + i) / D));
         g.workspace = allocate(&run, "workspace", k->backward_workspace(&one, v->threads), 1)->data;
-        g.dh_n = dense_in(&run, "dh_n", p->seed[1] + own, states);
-        if (has_c) g.dc_n = dense_in(&run, "dc_n", p->seed[2] + own, states);
-        g.dh_0 = offset(&run, dh, own);
-        if (has_c) g.dc_0 = offset(&run, dc, own);
+        g.dh_n = dense_in(&run, "dh_n", p->seed[1] + h_own, h_states);
+        if (has_c) g.dc_n = dense_in(&run, "dc_n", p->seed[2] + c_own, c_states);
+        g.dh_0 = offset(&run, dh, h_own);
+        if (has_c) g.dc_0 = offset(&run, dc, c_own);
         f.y.data = NULL;
-        f.h_n = dense_out(&run, "h again", states);
-        f.c_n = dense_out(&run, "c again", states);
+        f.h_n = dense_out(&run, "h again", h_states);
+        f.c_n = dense_out(&run, "c again", c_states);
         for (ptrdiff_t i = 0; i < n; i++) {
             run_buffers slice = {.where = at.text, .element = k->element, .odd = v->odd};
             const ptrdiff_t steps = border[i] - border[i + 1];
-            if (Gt) f.tape.gates = dense_out(&slice, "gates", steps * states * Gt);
-            f.tape.h = dense_out(&slice, "h_tape", (steps + 1) * states);
-            if (has_c) f.tape.c = dense_out(&slice, "c_tape", (steps + 1) * states);
+            if (Gt) f.tape.gates = dense_out(&slice, "gates", steps * c_states * Gt);
+            f.tape.h = dense_out(&slice, "h_tape", (steps + 1) * h_states);
+            if (has_c) f.tape.c = dense_out(&slice, "c_tape", (steps + 1) * c_states);
             g.step0 = f.step0 = border[i + 1];
             g.step1 = f.step1 = border[i];
             f.h_0 = h[i + 1];
@@ -802,12 +817,12 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
         }
         check_ran(at.text, v, &g.run);
     }
-    r.a[Y] = seq_result(&run, p, &y, D * H);
+    r.a[Y] = seq_result(&run, p, &y, D * N);
     r.a[DX] = seq_result(&run, p, &dx, s->I);
-    r.a[H_N] = dense_result(&run, h_n, D * states);
-    r.a[DH_0] = dense_result(&run, dh, D * states);
-    if (has_c) r.a[C_N] = dense_result(&run, c_n, D * states);
-    if (has_c) r.a[DC_0] = dense_result(&run, dc, D * states);
+    r.a[H_N] = dense_result(&run, h_n, D * h_states);
+    r.a[DH_0] = dense_result(&run, dh, D * h_states);
+    if (has_c) r.a[C_N] = dense_result(&run, c_n, D * c_states);
+    if (has_c) r.a[DC_0] = dense_result(&run, dc, D * c_states);
     for (int i = 0; i < N_WEIGHTS; i++)
         r.a[DW_IH + i] = dense_result(&run, grads[i], result_count(p, DW_IH + i));
     check_inputs(&run);
@@ -825,8 +840,13 @@ static const struct {
     int directions, reverse;
 } walks[N_WALKS] = {{1, 0}, {1, 1}, {2, 2}};
 
-static problem make_problem(int cell, int walk, const ptrdiff_t size[4], int lengths) {
-    problem p = {.shape = {cell, walks[walk].directions, size[0], size[1], size[2], size[3]},
+/* What h is projected to, in half of the problems where it may be: something below H. */
+static ptrdiff_t some_projection(int cell, ptrdiff_t H) {
+    return cells[cell].has_c && H > 1 && n_problems % 2 ? 1 + random_below(H - 1) : 0;
+}
+
+static problem make_problem(int cell, int walk, const ptrdiff_t size[4], ptrdiff_t P, int lengths) {
+    problem p = {.shape = {cell, walks[walk].directions, size[0], size[1], size[2], size[3], P},
                  .reverse = walks[walk].reverse};
     const rf_shape *s = &p.shape;
     random_state = (uint64_t)++n_problems;
@@ -840,9 +860,10 @@ static problem make_problem(int cell, int walk, const ptrdiff_t size[4], int len
     /* Every third problem has no initial states, every fourth no biases, every fifth no dy, no
      * dh_n, no dc_n: zeros, which some runs are given as a null pointer. */
     for (int i = 0; i < N_PARAMS; i++) {
-        const double scale = i == W_IH   ? 1.5 / sqrt((double)s->I + 1)
-                             : i == W_HH ? 1.5 / sqrt((double)s->H + 1)
-                                         : 1;
+        const double scale = i == W_IH         ? 1.5 / sqrt((double)s->I + 1)
+                             : i == W_HH       ? 1.5 / sqrt((double)h_size(&p) + 1)
+                             : i == PROJECTION ? 1.5 / sqrt((double)s->H + 1)
+                                               : 1;
         const int zeros = ((i == H_0 || i == C_0) && n_problems % 3 == 0) ||
                           ((i == B_IH || i == B_HH) && n_problems % 4 == 0);
         p.param[i] = random_numbers(param_count(&p, i), zeros ? 0 : scale);
@@ -908,7 +929,7 @@ static void check_gradient(const char *where, problem *p, const result *r, unsig
 }
 
 static void check_padding(const char *where, const problem *p, const result *r) {
-    const ptrdiff_t n[] = {p->shape.directions * p->shape.H, p->shape.I};
+    const ptrdiff_t n[] = {p->shape.directions * h_size(p), p->shape.I};
     const int which[] = {Y, DX};
     for (int i = 0; i < 2; i++)
         for (ptrdiff_t b = 0; b < p->shape.B; b++)
@@ -995,7 +1016,8 @@ static void check_small(int quick) {
                     const ptrdiff_t size[4] = {sizes[0][i % 3], sizes[1][i / 3 % 2],
                                                sizes[2][i / 6 % 2], sizes[3][i / 12]};
                     if (quick && (i + walk + lengths + cell) % 7) continue;
-                    problem p = make_problem(cell, walk, size, lengths);
+                    problem p =
+                        make_problem(cell, walk, size, some_projection(cell, size[3]), lengths);
                     check_problem(&p, !quick, threads, 4);
                     free_problem(&p);
                 }
@@ -1013,7 +1035,8 @@ static void check_large(int quick) {
         for (int walk = 0; walk < N_WALKS; walk++)
             for (int lengths = 0; lengths < N_LENGTHS; lengths++, i++) {
                 if (quick && i % 3) continue;
-                problem p = make_problem(cell, walk, sizes[(i + cell) % n_sizes], lengths);
+                const ptrdiff_t *const size = sizes[(i + cell) % n_sizes];
+                problem p = make_problem(cell, walk, size, some_projection(cell, size[3]), lengths);
                 check_problem(&p, 0, threads, 3);
                 free_problem(&p);
             }
@@ -1042,7 +1065,7 @@ static void *call_often(void *arg) {
 static void check_concurrent(void) {
     static const ptrdiff_t size[4] = {20, 13, 9, 70};
     for (int cell = 0; cell < RF_N_CELLS; cell++) {
-        problem p = make_problem(cell, N_WALKS - 1, size, UNEVEN);
+        problem p = make_problem(cell, N_WALKS - 1, size, some_projection(cell, size[3]), UNEVEN);
         const rf_kernels *k = rf_find_kernels(isas[n_isas - 1], (rf_dtype)(cell % RF_N_DTYPES));
         result alone = run_kernels(&p, k, &(variant){.threads = 1}, 1);
         concurrent c = {&p, k, &alone};
@@ -1071,7 +1094,7 @@ static int poll_count(void *context) {
 
 /* A call of a second or so, of zeros: polled now and then, and ended at the third poll. */
 static void check_poll(void) {
-    const rf_shape s = {RF_LSTM, 1, 6000, 8, 32, 128};
+    const rf_shape s = {RF_LSTM, 1, 6000, 8, 32, 128, 0};
     const rf_kernels *k = rf_find_kernels(isas[0], RF_F32);
     const size_t states = (size_t)(s.B * s.H), rows = (size_t)(4 * s.H),
                  steps = (size_t)(s.T * s.B);
@@ -1081,7 +1104,7 @@ static void check_poll(void) {
     float *c = must(calloc((steps + (size_t)s.B) * (size_t)s.H, 4));
     float *state = must(calloc(2 * states, 4));
     float *weights = must(calloc(rows * (size_t)(s.I + s.H), 4));
-    const rf_weights w = {weights, weights + rows * (size_t)s.I, NULL, NULL, NULL};
+    const rf_weights w = {weights, weights + rows * (size_t)s.I, NULL, NULL, NULL, NULL};
     for (int threads = 1; threads <= 4; threads += 3) {
         void *pack[2], *workspace[2];
         const ptrdiff_t bytes[] = {k->forward_workspace(&s, threads),
@@ -1146,7 +1169,7 @@ enum { MAX_LAYERS = 5 };
 static void stack_calls(run_buffers *run, const problem *bottom, const problem *above, int n,
                         const rf_kernels *k, int tape, rf_forward_args *layers, buffer **out,
                         int *n_out) {
-    const ptrdiff_t B = bottom->shape.B, H = bottom->shape.H;
+    const ptrdiff_t B = bottom->shape.B, H = bottom->shape.H, N = h_size(bottom);
     const int has_c = cells[bottom->shape.cell].has_c, Gt = cells[bottom->shape.cell].tape_gates;
     *n_out = 0;
 #define OUT(name, numbers) (out[(*n_out)++] = allocate(run, name, (numbers) * k->element, 0))->data
@@ -1156,17 +1179,17 @@ static void stack_calls(run_buffers *run, const problem *bottom, const problem *
         rf_forward_args *f = &layers[i];
         *f = (rf_forward_args){.shape = *s, .step1 = s->T, .lengths = bottom->lengths};
         f->x = i == 0 ? seq_in(run, "x", p, 0, s->I, p->param[X]) : layers[i - 1].y;
-        f->y = (rf_seq){OUT("y", s->T * B * H), B * H, H, NULL};
+        f->y = (rf_seq){OUT("y", s->T * B * N), B * N, N, NULL};
         f->pack[0] = run_pack(run, p, k, RF_PACK_FORWARD, 0, 1);
-        f->h_0 = i % 2 ? NULL : dense_in(run, "h_0", p->param[H_0], B * H);
-        f->h_n = OUT("h_n", B * H);
+        f->h_0 = i % 2 ? NULL : dense_in(run, "h_0", p->param[H_0], B * N);
+        f->h_n = OUT("h_n", B * N);
         if (has_c) {
             f->c_0 = i % 2 ? dense_in(run, "c_0", p->param[C_0], B * H) : NULL;
             f->c_n = OUT("c_n", B * H);
         }
         if (tape) {
             if (Gt) f->tape.gates = OUT("gates", s->T * B * Gt * H);
-            f->tape.h = OUT("h_tape", (s->T + 1) * B * H);
+            f->tape.h = OUT("h_tape", (s->T + 1) * B * N);
             if (has_c) f->tape.c = OUT("c_tape", (s->T + 1) * B * H);
             for (int j = 0; j < *n_out; j++) memset(out[j]->data, 0, out[j]->bytes);
         }
@@ -1187,9 +1210,11 @@ static void check_waves(void) {
          * the tape mean nothing and so are not compared. */
         const int lengths = random_below(2) ? UNEVEN : NO_LENGTHS;
         const int tape = lengths == NO_LENGTHS && random_below(2);
+        const ptrdiff_t P = cells[cell].has_c && H > 1 && round % 3 ? 1 + random_below(H - 1) : 0;
+        const ptrdiff_t N = P ? P : H;
         problem bottom =
-            make_problem(cell, 0, (ptrdiff_t[]){T, B, 1 + random_below(9), H}, lengths);
-        problem above = make_problem(cell, 0, (ptrdiff_t[]){T, B, H, H}, lengths);
+            make_problem(cell, 0, (ptrdiff_t[]){T, B, 1 + random_below(9), H}, P, lengths);
+        problem above = make_problem(cell, 0, (ptrdiff_t[]){T, B, N, H}, P, lengths);
         run_buffers one = {.where = "waves", .element = k->element}, many = one;
         rf_forward_args apart[MAX_LAYERS], together[MAX_LAYERS];
         buffer *want[6 * MAX_LAYERS], *got[6 * MAX_LAYERS];
@@ -1204,7 +1229,8 @@ static void check_waves(void) {
                                .n = n,
                                .steps = 1 + random_below(T),
                                .gates_step = B * Gt * H,
-                               .states_step = B * H,
+                               .h_step = B * N,
+                               .c_step = B * H,
                                .progress = allocate(&many, "progress", n * RF_WAVE_BYTES, 1)->data,
                                .run = {.threads = 1 + (int)random_below(5)}};
         if (rf_wavefront(&w)) fail("waves", "ended early, without a poll");
@@ -1227,18 +1253,20 @@ static void check_sizes(const rf_kernels *k) {
     const ptrdiff_t huge[] = {PTRDIFF_MAX, PTRDIFF_MAX / 2, PTRDIFF_MAX / 4 + 1, PTRDIFF_MAX / 64};
     for (int i = 0; i < 4; i++)
         for (int kind = 0; kind < 2; kind++) {
-            const rf_shape wide = {RF_LSTM, 1, 1, 1, 1, huge[i]},
-                           deep = {RF_LSTM, 1, 1, 1, huge[i], 1};
-            const rf_shape many = {RF_LSTM, 1, 1, huge[i], 1, 1},
-                           long_ = {RF_LSTM, 1, huge[i], 1, 1, 1};
+            const rf_shape wide = {RF_LSTM, 1, 1, 1, 1, huge[i], 0},
+                           deep = {RF_LSTM, 1, 1, 1, huge[i], 1, 0};
+            const rf_shape narrow = {RF_LSTM, 1, 1, 1, 1, huge[i], huge[i] / 2};
+            const rf_shape many = {RF_LSTM, 1, 1, huge[i], 1, 1, 0},
+                           long_ = {RF_LSTM, 1, huge[i], 1, 1, 1, 0};
             if (k->pack_size(&wide, (rf_pack_kind)kind) != -1 ||
-                k->pack_size(&deep, (rf_pack_kind)kind) != -1)
+                k->pack_size(&deep, (rf_pack_kind)kind) != -1 ||
+                k->pack_size(&narrow, (rf_pack_kind)kind) != -1)
                 fail(k->isa, "pack_size does not see that a size overflows");
             ptrdiff_t (*const workspace)(const rf_shape *, int) =
                 kind ? k->backward_workspace : k->forward_workspace;
             if (workspace(&wide, 2) != -1 || workspace(&deep, 2) != -1 || workspace(&many, 2) != -1)
                 fail(k->isa, "a workspace does not see that a size overflows");
-            const rf_shape shorter = {RF_LSTM, 1, 1000000, 1, 1, 1};
+            const rf_shape shorter = {RF_LSTM, 1, 1000000, 1, 1, 1, 0};
             if (workspace(&long_, 2) != workspace(&shorter, 2))
                 fail(k->isa, "a workspace grows with the number of steps");
         }
@@ -1268,7 +1296,7 @@ static void check_vmath(const rf_kernels *k, int dtype) {
 
 /* Kept or dropped, scaled; as many as p says; the same mask for each part of a batch by itself. */
 static void check_dropout(const rf_kernels *k) {
-    const problem p = {.shape = {RF_LSTM, 1, 9, 40, 1, 1}};
+    const problem p = {.shape = {RF_LSTM, 1, 9, 40, 1, 1, 0}};
     const ptrdiff_t T = 9, B = 40, N = 31;
     random_state = 1;
     double *x = random_numbers(T * B * N, 1);
