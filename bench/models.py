@@ -47,7 +47,7 @@ def text(shape: Shape, seed: int) -> Text:
     (96, 5)
     """
     random = np.random.default_rng(seed)
-    T, B, I, N = shape.T, shape.B, shape.I, shape.H * shape.directions
+    T, B, I, N = shape.T, shape.B, shape.I, shape.output * shape.directions
     tokens, targets = random.integers(0, VOCABULARY, (2, B, T))
     weights = {"embedding.weight": random.standard_normal((VOCABULARY, I)).astype(shape.dtype)}
     own = layer_weights(shape, random)

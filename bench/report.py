@@ -13,13 +13,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .figures import geometric_mean
 from .libraries import BANDWIDTH, OURS, PEAK, PEERS
 from .measure import PAIRS
+from .shapes import shape_of
 
 BUSY = 0.25  # cores: a row is doubtful if others had more than that meanwhile
 DIGITS = 5  # of figures in a file
@@ -229,17 +230,18 @@ def _family(title: str, rows: list[Row]) -> Table:
     """Of cells at the sizes at which the plain LSTM was measured as well: how much longer."""
     plain, lines = {}, []
     for row in rows:
-        cell, _, sizes = row["shape"].partition("-")
-        if cell == "lstm" and OURS in row["results"]:
-            plain[sizes] = row["results"][OURS]
+        shape = shape_of(row["shape"])
+        if shape == replace(shape, cell="lstm", projection=0) and OURS in row["results"]:
+            plain[shape] = row["results"][OURS]
     for row in rows:
-        cell, _, sizes = row["shape"].partition("-")
-        if cell != "lstm" and sizes in plain and OURS in row["results"]:
-            ours, lstm = row["results"][OURS], plain[sizes]
-            line = [row["shape"]]
-            for figure in ("median_ms", "min_ms"):
-                line += [_short(ours[figure]), f"{ours[figure] / lstm[figure]:.2f}"]
-            lines.append(line)
+        shape = shape_of(row["shape"])
+        lstm = plain.get(replace(shape, cell="lstm", projection=0))
+        if shape in plain or lstm is None or OURS not in row["results"]:
+            continue
+        ours, line = row["results"][OURS], [row["shape"]]
+        for figure in ("median_ms", "min_ms"):
+            line += [_short(ours[figure]), f"{ours[figure] / lstm[figure]:.2f}"]
+        lines.append(line)
     return Table(title, ("shape", "ms", "times", "least ms", "times"), lines)
 
 

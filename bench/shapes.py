@@ -21,14 +21,17 @@ MODES = ("inference", "training", "stream")
 MODEL_MODES = ("step", "step-compiled", "predict")
 TRAINING = ("training", "step", "step-compiled")
 VOCABULARY = 96  # of the models: the printable characters of ASCII, and a line's end
-NAME = re.compile(r"([a-z_]+)-i(\d+)-h(\d+)-b(\d+)-t(\d+)(?:-l(\d+))?(-bi)?(-uneven)?(-float64)?")
+NAME = re.compile(
+    r"([a-z_]+)-i(\d+)-h(\d+)(?:-p(\d+))?-b(\d+)-t(\d+)(?:-l(\d+))?(-bi)?(-uneven)?(-float64)?"
+)
 
 
 @dataclass(frozen=True)
 class Shape:
     """Layers of one cell of the table in `rnnfast.cells`, their sizes and dtype.
 
-    uneven: the rows' lengths go from T down to T/4, in random order.
+    uneven: the rows' lengths go from T down to T/4, in random order; projection: what h is
+    projected to, or 0.
 
     >>> Shape("lstm", T=64, B=32, I=256, H=256).name
     'lstm-i256-h256-b32-t64'
@@ -45,13 +48,16 @@ class Shape:
     directions: int = 1
     uneven: bool = False
     dtype: str = "float32"
+    projection: int = 0
     stands_for: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
         """By which `--shapes` takes it; what is usual is not named."""
         return (
-            f"{self.cell}-i{self.I}-h{self.H}-b{self.B}-t{self.T}"
+            f"{self.cell}-i{self.I}-h{self.H}"
+            + f"-p{self.projection}" * (self.projection > 0)
+            + f"-b{self.B}-t{self.T}"
             + f"-l{self.layers}" * (self.layers > 1)
             + "-bi" * (self.directions == 2)
             + "-uneven" * self.uneven
@@ -74,8 +80,13 @@ class Shape:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters, by PyTorch's names."""
         return parameter_shapes(
-            CELLS[self.cell], self.I, self.H, self.layers, self.directions, bias=True
+            CELLS[self.cell], self.I, self.H, self.layers, self.directions, True, self.projection
         )
+
+    @property
+    def output(self) -> int:
+        """Numbers of h, and of y in one direction."""
+        return self.projection or self.H
 
     def numbers(self, kind: str) -> int:
         """How many numbers all matrices of a kind have together, "weight_ih" or "weight_hh".
@@ -95,9 +106,9 @@ class Shape:
         270
         """
         steps = self.T * self.B if self.lengths is None else int(self.lengths.sum())
-        numbers = self.numbers("weight_ih") + self.numbers("weight_hh")
+        numbers = sum(map(self.numbers, ("weight_ih", "weight_hh", "weight_hr")))
         if mode in MODEL_MODES:
-            numbers += self.directions * self.H * VOCABULARY
+            numbers += self.directions * self.output * VOCABULARY
         return 2 * steps * numbers * (3 if mode in TRAINING else 1)
 
     def bytes_read(self, mode: str) -> int:
@@ -109,7 +120,7 @@ class Shape:
         >>> Shape("rnn_tanh", T=10, B=1, I=2, H=3).bytes_read("training")
         720
         """
-        numbers = self.numbers("weight_hh")
+        numbers = self.numbers("weight_hh") + self.numbers("weight_hr")
         if mode in TRAINING:
             numbers *= 2
         elif mode == "stream":
@@ -218,9 +229,12 @@ SUITES: dict[str, Suite] = {
         all_threads=True,
     ),
     "family": Suite(
-        tuple(
-            Shape(cell, 100, 32, 128, 128, stands_for=row.kind + _options(row))
-            for cell, row in CELLS.items()
+        (
+            *(
+                Shape(cell, 100, 32, 128, 128, stands_for=row.kind + _options(row))
+                for cell, row in CELLS.items()
+            ),
+            Shape("lstm", 100, 32, 128, 128, projection=64, stands_for="LSTM (proj_size=64)"),
         )
     ),
     "torch": Suite(
@@ -244,16 +258,19 @@ def shape_of(name: str) -> Shape:
     2
     """
     match = NAME.fullmatch(name)
-    sizes = [int(size or 1) for size in match.groups()[1:6]] if match else []
-    if not sizes or match[1] not in CELLS or min(sizes) < 1:
+    sizes = [int(match[i] or 1) for i in (2, 3, 5, 6, 7)] if match else []
+    P = int(match[4] or 0) if match else 0
+    fits = match and match[1] in CELLS and min(sizes) >= 1
+    if not fits or (match[4] and not (0 < P < sizes[1] and CELLS[match[1]].kind == "LSTM")):
         raise ValueError(
-            f"shape: got {name!r}; needs CELL-iI-hH-bB-tT, and after it, in this order and where "
-            "wanted, -lL -bi -uneven -float64; sizes of at least 1 and a cell of "
+            f"shape: got {name!r}; needs CELL-iI-hH-bB-tT, of an LSTM with -pP after H if it is to "
+            "be projected to P below H, and after it, in this order and where wanted, "
+            "-lL -bi -uneven -float64; sizes of at least 1 and a cell of "
             f"{', '.join(CELLS)}; such as {SUITES['layers'].shapes[0].name}"
         )
     I, H, B, T, L = sizes
-    dtype = "float64" if match[9] else "float32"
-    shape = Shape(match[1], T, B, I, H, L, 2 if match[7] else 1, bool(match[8]), dtype)
+    dtype = "float64" if match[10] else "float32"
+    shape = Shape(match[1], T, B, I, H, L, 2 if match[8] else 1, bool(match[9]), dtype, P)
     known = (one for suite in SUITES.values() for one in suite.shapes if one == shape)
     return next(known, shape)
 
@@ -288,8 +305,9 @@ def problem(shape: Shape, seed: int) -> Problem:
     def normal(*sizes: int) -> np.ndarray:
         return random.standard_normal(sizes).astype(shape.dtype)
 
-    x, dy = normal(T, B, I), normal(T, B, D * H)
-    state = tuple(0.5 * normal(shape.layers * D, B, H) for _ in CELLS[shape.cell].states)
+    x, dy = normal(T, B, I), normal(T, B, D * shape.output)
+    sizes = (shape.output, H)[: len(CELLS[shape.cell].states)]
+    state = tuple(0.5 * normal(shape.layers * D, B, size) for size in sizes)
     weights = layer_weights(shape, random)
     lengths = shape.lengths
     if lengths is not None:

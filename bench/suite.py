@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite", nargs="+", choices=SUITES, metavar="NAME",
         help=f"tables of shapes: {', '.join(SUITES)} (default: layers)",
     )  # fmt: skip
-    shapes = "instead: CELL-iI-hH-bB-tT[-lL][-bi][-uneven][-float64] ..."
+    shapes = "instead: CELL-iI-hH[-pP]-bB-tT[-lL][-bi][-uneven][-float64] ..."
     add("--shapes", nargs="+", metavar="SHAPE", type=_argument(shape_of), help=shapes)
     modes = (*MODES, *MODEL_MODES)
     add("--modes", nargs="+", choices=modes, help="default: as the suite says")

@@ -213,6 +213,18 @@ def test_a_library_is_right_or_says_that_it_cannot(workers, name, cell, structur
             assert 0 <= row["error_over_bound"][name] <= 1
 
 
+@pytest.mark.parametrize("structure", ["", "-l2-bi-uneven", "-float64"])
+@pytest.mark.parametrize("name", ASKED)
+def test_a_library_projects_or_says_that_it_cannot(workers, name, structure):
+    shape = shape_of(f"lstm-i3-h5-p2-b4-t6{structure}")
+    for mode in ("inference", "training"):
+        row = measure.measure(shape, mode, [workers(name)], pairs=1)
+        if name in (OURS, "torch", "numpy"):
+            assert row["left_out"] == {} and 0 <= row["error_over_bound"][name] <= 1
+        else:
+            assert row["left_out"][name].startswith("cannot: ")
+
+
 @pytest.mark.parametrize("structure", ["", "-uneven", "-l2", "-l2-bi-uneven", "-float64"])
 @pytest.mark.parametrize("cell", sorted(pytorch.LAYERS))
 @pytest.mark.parametrize("name", [DROP_IN, "torch"])

@@ -75,6 +75,8 @@ class Jax(Library):
 
     def _layers(self, shape: Shape, valid: Any) -> Callable:
         """The function of a shape; valid [T, B, 1]: which steps are within their row's length."""
+        if shape.projection:
+            raise NotImplementedError("no projection is written here")
         jax, ahead, step = self.library, *_equations(self.library, shape.cell)
         jnp = jax.numpy
 

@@ -102,8 +102,8 @@ class TensorFlow(Library):
         return stream, lambda ys: named(steps_first(tf.concat(ys, axis=1)), state)
 
     def _layer(self, shape: Shape, given: Problem, end: str) -> Any:
-        if shape.cell not in LAYERS:
-            raise NotImplementedError(f"no {shape.cell}")
+        if shape.cell not in LAYERS or shape.projection:
+            raise NotImplementedError(f"no {shape.cell}{', projected' * (shape.projection > 0)}")
         kind, order, arguments = LAYERS[shape.cell]
         layer = getattr(self.keras.layers, kind)(
             shape.H, return_sequences=True, return_state=True, dtype=shape.dtype,

@@ -46,6 +46,8 @@ def model(shape: Shape, given: Problem, mode: str) -> bytes:
 
     if mode == "training":
         raise NotImplementedError("no gradients")
+    if shape.projection:
+        raise NotImplementedError("no projection")
     if shape.dtype != "float32":
         raise NotImplementedError(f"no recurrent layers in {shape.dtype}")
     steps = 1 if mode == "stream" else shape.T

@@ -32,9 +32,10 @@ class Ours(Library):
 
     def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
         cell = CELLS[shape.cell]
+        projection = {"proj_size": shape.projection} if shape.projection else {}
         module = getattr(self.library, cell.kind)(
             shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2,
-            dtype=shape.dtype, **cell.options,
+            dtype=shape.dtype, **cell.options, **projection,
         )  # fmt: skip
         module.load_state_dict(given.weights)
         x, dy, lengths = given.x, given.dy, given.lengths

@@ -58,6 +58,8 @@ class PyTorch(Library):
         if shape.cell not in LAYERS:
             raise NotImplementedError(f"no {shape.cell}")
         kind, arguments = LAYERS[shape.cell]
+        if shape.projection:
+            arguments = {**arguments, "proj_size": shape.projection}
         return getattr(self.layers, kind)(
             shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2,
             dtype=getattr(self.library, shape.dtype), **arguments, **others,
@@ -179,7 +181,7 @@ def _model(torch: Any, layer: Any, shape: Shape, mode: str, given: Text) -> Prep
             super().__init__()
             self.embedding = nn.Embedding(VOCABULARY, shape.I)
             self.layer = layer
-            self.linear = nn.Linear(shape.directions * shape.H, VOCABULARY)
+            self.linear = nn.Linear(shape.directions * shape.output, VOCABULARY)
 
         def forward(self, tokens: Any, lengths: Any = None) -> Any:
             x = self.embedding(tokens)
