@@ -14,9 +14,9 @@ typedef struct {
      * own for one thread; their `run` is not read. */
     rf_forward_args *layers;
     int n;
-    ptrdiff_t steps;                   /* of a slice, from rf_wavefront_steps */
+    ptrdiff_t steps;                      /* of a slice, from rf_wavefront_steps */
     ptrdiff_t gates_step, h_step, c_step; /* numbers of a step in a tape's gates, h and c */
-    void *progress;                    /* n * RF_WAVE_BYTES bytes, 64-byte aligned */
+    void *progress;                       /* n * RF_WAVE_BYTES bytes, 64-byte aligned */
     rf_run run;
 } rf_wavefront_args;
 
