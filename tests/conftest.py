@@ -17,3 +17,19 @@ def use_isa():
 
     yield choose
     assert _kernels.set_isa("auto")
+
+
+@pytest.fixture
+def choose():
+    """A function that sets threads and plan; undone after the test."""
+    import rnnfast
+    from rnnfast import _kernels, config
+
+    before = rnnfast.get_num_threads(), config.plan
+
+    def choose(threads, plan="auto"):
+        rnnfast.set_num_threads(threads)
+        config.plan = _kernels.PLANS.index(plan)
+
+    yield choose
+    choose(before[0], _kernels.PLANS[before[1]])

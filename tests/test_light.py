@@ -44,20 +44,6 @@ def functions_of(cell):
 
 
 @pytest.fixture
-def settings():
-    """Sets threads and plan; undone after the test."""
-    before = rnnfast.get_num_threads(), functional.config.plan
-
-    def choose(threads, plan="auto"):
-        rnnfast.set_num_threads(threads)
-        functional.config.plan = _kernels.PLANS.index(plan)
-
-    yield choose
-    rnnfast.set_num_threads(before[0])
-    functional.config.plan = before[1]
-
-
-@pytest.fixture
 def small_slices(monkeypatch):
     """Slices of the root of T steps even where that makes them tiny."""
     monkeypatch.setattr(functional, "SLICE_BYTES", 0)
@@ -105,15 +91,15 @@ def flat(value):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_same_bits(cell, direction, dtype, isa, use_isa, settings, small_slices):
+def test_same_bits(cell, direction, dtype, isa, use_isa, choose, small_slices):
     """Cells, directions, lengths, dtypes, isas, threads: y, states and all gradients."""
     use_isa(isa)
     for shape, lengths in itertools.product(SHAPES, LENGTHS):
         case = Case(cell, shape, direction, dtype, lengths)
-        settings(1)
+        choose(1)
         want, _, _ = run(case, "full")
         for threads, plan in ((1, "auto"), (2, "batch"), (3, "batch"), (3, "units")):
-            settings(threads, plan)
+            choose(threads, plan)
             got, tape, _ = run(case, "light")
             assert tape.gates is None and tape.steps > 0
             if lengths in ("none", "uneven"):  # where the longest row has all steps, or many
@@ -150,9 +136,9 @@ def test_without_one_loss_or_biases(cell, bias, loss, small_slices):
     same_bits(run(case, "light")[0], run(case, "full")[0], case)
 
 
-def test_slices_of_the_usual_size(settings):
+def test_slices_of_the_usual_size(choose):
     """As they come, with no size set for the test: some megabytes, so several slices."""
-    settings(2)
+    choose(2)
     case = Case("lstm", Shape(200, 16, 30, 64), "bidirectional", lengths="uneven")
     got, tape, _ = run(case, "light")
     assert len(tape.h) > 2

@@ -26,25 +26,11 @@ from test_reference import RUNS, assert_near, complex_step
 from tolerances import assert_close, assert_same_bits
 
 import rnnfast
-from rnnfast import _kernels, config, functional, reference
+from rnnfast import _kernels, functional, reference
 from rnnfast.cells import CELLS
 
 PROJECTED = [name for name, cell in CELLS.items() if cell.kind == "LSTM"]
 T, B, I, H, P = 9, 4, 5, 17, 6
-
-
-@pytest.fixture
-def choose():
-    """Sets threads and plan; undone after the test."""
-    before = rnnfast.get_num_threads(), config.plan
-
-    def choose(threads, plan):
-        rnnfast.set_num_threads(threads)
-        config.plan = _kernels.PLANS.index(plan)
-
-    yield choose
-    rnnfast.set_num_threads(before[0])
-    config.plan = before[1]
 
 
 # --------------------------------------------------------------------------------- the reference

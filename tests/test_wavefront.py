@@ -9,23 +9,10 @@ from cases import DTYPES, as_tuple, make_module, past_lengths
 from tolerances import assert_same_bits
 
 import rnnfast
-from rnnfast import _kernels, functional, stack
+from rnnfast import _kernels, stack
 from rnnfast.cells import CELLS
 
 T, I, H = 37, 5, 19
-
-
-@pytest.fixture
-def choose():
-    """Sets threads and plan; undone after the test."""
-    before = rnnfast.get_num_threads(), functional.config.plan
-
-    def choose(threads, plan):
-        rnnfast.set_num_threads(threads)
-        functional.config.plan = _kernels.PLANS.index(plan)
-
-    yield choose
-    choose(before[0], _kernels.PLANS[before[1]])
 
 
 def inputs(dtype, B, uneven, steps=T):
