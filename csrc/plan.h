@@ -57,7 +57,9 @@ static inline layer_plan plan_layer(const rf_shape *s, ptrdiff_t steps, const rf
     const int by_units = (int)(groups < threads ? groups : threads);
     const int by_sides = sides < threads ? sides : threads;
     /* 4 gates, and an activation counted as 50 operations. */
-    const double row = 4.0 * (double)s->H * (2.0 * (double)(s->I + s->H) + 50.0);
+    const ptrdiff_t h_size = s->P ? s->P : s->H;
+    const double row = 4.0 * (double)s->H * (2.0 * (double)(s->I + h_size) + 50.0) +
+                       2.0 * (double)s->P * (double)s->H;
     const double step = row * (double)s->B, all = passes * step * (double)steps * D;
     const double most_rows = by_rows > 1 ? (double)((s->B + by_rows - 1) / by_rows) : (double)s->B;
     const layer_plan serial = {RF_PLAN_SERIAL, 1, D * plan_step_ns(step, bytes, 0)};

@@ -611,7 +611,7 @@ def weights(
         P = H = R.shape[1]
     rows = gates * H
     shapes = (rows, W.shape[1]), (rows, P), (rows,), (rows,), (peepholes * H,), (P, H)
-    words = "G*H, I", "G*H, H", "G*H", "G*H", "p*H", "P, H"
+    words = "G*H, I", "G*H, P" if P < H else "G*H, H", "G*H", "G*H", "p*H", "P, H"
     found = []
     for one in arrays:
         own: list[ndarray | None] = [None] * len(shapes)

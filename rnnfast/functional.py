@@ -5,7 +5,8 @@ layer but a stream's passes through one pair, `run_forward` and `run_backward`, 
 with those above and below it through `run_wavefront`; all of them trust their arguments. The public
 functions below them are the same for each cell, with checks in front.
 
-T steps, B batch, I input size, H hidden size, D directions, G parameter gates, Gt tape gates.
+T steps, B batch, I input size, H hidden size, P projection size or 0, N numbers of h (P or H),
+D directions, G parameter gates, Gt tape gates.
 `weights` is (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]) for one direction, a bias may be None;
 a pair of such tuples for two; or what `pack` made of either. Gates are in PyTorch's order.
 """
@@ -48,7 +49,7 @@ class Tape:
       its numbers before backward is an error of the caller's, and makes wrong gradients
     - `lengths` [B] intp, or None
     - `gates` [D, T, B, Gt, H], or None if Gt = 0
-    - `h` [D, T+1, B, H], slot 0 the initial state; of a light tape [K, D, B, H], and no gates
+    - `h` [D, T+1, B, N], slot 0 the initial state; of a light tape [K, D, B, N], and no gates
     - `c` likewise, or None if the cell has no c
     - `steps`, `pack`: of a light tape; 0 and None of a full one. The pack is a copy of the weights,
       with which backward computes a slice again
@@ -121,8 +122,8 @@ def run_forward(
 ) -> tuple[str, int]:  # fmt: skip
     """One layer forward into y, h_n, c_n, and into the tape, if there is one. Returns what ran.
 
-    x [T, B, I], y [T, B, D*H]: any strides but the last, or packed; states [D, B, H]; lengths [B]
-    intp. A tape is one that `new_tape` has made for this call.
+    x [T, B, I], y [T, B, D*N]: any strides but the last, or packed; states [D, B, N], c [D, B, H];
+    lengths [B] intp. A tape is one that `new_tape` has made for this call.
     """
     if tape is None:
         return _kernels.forward(
@@ -456,7 +457,9 @@ def _backward(
 ) -> Gradients:
     packed, raw = _pack(cell, weights, BACKWARD)
     own = "x", "state", *cell.parameters(packed.proj_size > 0)
-    needed = set(own) if need is NEEDS else checks.choices("need", need, own)
+    needed = set(checks.choices("need", need, NEEDS))
+    if needed != set(NEEDS):  # which is the default, and asks for all that there are
+        checks.choices("need", needed, own)
     I, H, P, D = packed.input_size, packed.hidden_size, packed.proj_size, packed.directions
     N, dtype = P or H, _dtype(packed)
     tape = own_tape(tape, cell, (I, H, P, D), dtype)
@@ -582,8 +585,8 @@ def lstm_backward(
 
     weights: those of the forward call; dy: shaped as y, dstate: (dh_n, dc_n) shaped as the states,
     each may be None for zeros; need: which of "x", "state", "weight_ih", "weight_hh", "bias_ih",
-    "bias_hh", "weight_peephole" and "weight_hr" to compute, all by default; peephole, coupled:
-    those of the forward call. Returns `Gradients`. Raises as `lstm_forward`.
+    "bias_hh", "weight_peephole" and "weight_hr" to compute, by default all that there are;
+    peephole, coupled: those of the forward call. Returns `Gradients`. Raises as `lstm_forward`.
 
     >>> import numpy as np
     >>> weights = np.ones((4, 1)), np.ones((4, 1)), None, None

@@ -58,7 +58,9 @@ class Stream:
         self._step = stepper.step
 
     def step(self, x_t: Any, out: np.ndarray | None = None) -> np.ndarray:
-        """One step: x_t [B, I] -> y_t [B, H], the last layer's h; [I] -> [H] if batch_size is 1.
+        """One step: x_t [B, I] -> y_t [B, H], the last layer's h; [I] -> [H] if batch_size is 1; a
+        projected h has proj_size numbers.
+
 
         A fresh array, which may be kept, or `out`, which must not overlap x_t. Raises TypeError or
         ValueError; the states are then as they were.

@@ -421,6 +421,9 @@ def test_gradients_that_there_are_not_are_refused():
         weights = tuple(module.params.values())
         forward = getattr(functional, backward.__name__.replace("backward", "forward"))
         _, _, tape = forward(random(T, B, I), None, weights)
+        everything = backward(tape, weights, None, None).weights
+        same = backward(tape, weights, None, None, need=list(functional.NEEDS)).weights
+        assert len(everything) == len(weights) and bits(same) == bits(everything)
         with pytest.raises(ValueError, match=f"^need: got '{name}'"):
             backward(tape, weights, None, None, need=name)
 

@@ -795,6 +795,17 @@ def test_projections(compiled):
     for bad in (weights[:-1], [*weights[:4], weights[4].T.contiguous(), *weights[5:]]):
         with pytest.raises(bridge.Misfit):
             call(x, None, None, None, None, bad, "lstm", 2, 1, False, 0.0, False)
+    packed = pack_sequence([torch.randn(k, 3).double() for k in (4, 7, 1)], enforce_sorted=False)
+    for layers in (1, 2):  # of another number the compiler makes a symbol
+        module = drop_in.LSTM(3, 5, layers, proj_size=2, dtype=torch.float64)
+        with torch.no_grad():
+            got = torch.compile(module, backend="aot_eager", dynamic=layers == 2)(packed)[0].data
+            assert torch.allclose(got, module(packed)[0].data)
+    ones = torch.ones
+    for cell in ("lstm_peephole", "gru_reset_before", "mlp"):  # PyTorch has no such
+        with pytest.raises(bridge.Misfit, match=r"^cell: got"):
+            call(ones(2, 1, 3), None, None, None, None, [ones(20, 3), ones(20, 5)], cell, 1, 1,
+                 False, 0.0, True)  # fmt: skip
     with pytest.raises(bridge.Misfit, match=r"^weights: got 10 of 2 layers"):
         call(x, None, None, None, None, weights, "gru", 2, 1, False, 0.0, False)
 

@@ -28,6 +28,7 @@ from ..parameters import ENDS
 from .threads import call_threads
 
 DTYPES = torch.float32, torch.float64
+TORCHS = "rnn_tanh", "rnn_relu", "lstm", "gru"  # cells that PyTorch has: no others come here
 
 
 class Misfit(ValueError, RuntimeError):
@@ -44,9 +45,14 @@ class Call(NamedTuple):
     dropout: float  # between layers: 0 where it does not act
 
 
+def weights_of_each(count: int, L: int, D: int, counts: Items[int] = (2, 4, 3, 5)) -> int:
+    """Which of these counts of weights each direction has; 0 if none. L may be the compiler's."""
+    return next((each for each in counts if each * L * D == count), 0)
+
+
 def sizes_of(weights: Items[Tensor], L: int, D: int) -> tuple[int, int, int, int]:
     """How many weights a direction has, H, P and N; of weights that fit."""
-    each = len(weights) // (L * D)
+    each = weights_of_each(len(weights), L, D)
     if each % 2 == 0:
         H = weights[1].shape[1]
         return each, H, 0, H
@@ -111,8 +117,9 @@ def fit(
     Traceback (most recent call last):
     rnnfast.torch.bridge.Misfit: weight_ih_l0: got torch.float32 tensor of shape (5, 3) on cpu; ...
     """
+    if call.cell not in TORCHS:
+        checks.fail(Misfit, "cell", checks.describe(call.cell), f"one of {', '.join(TORCHS)}")
     cell, L, D = CELLS[call.cell], call.L, call.D
-    pair = "c" in cell.states
     dimensions = "T, B, I" if batch_sizes is None else "rows, I"
     if x.layout is not torch.strided or x.is_nested:  # which may have no shape
         _refuse("input", x, x, dimensions)
@@ -123,14 +130,16 @@ def fit(
         _refuse("input", x, x, dimensions)
     if device.type not in ("cpu", "meta"):
         _refuse("input", x, x, dimensions)
-    each, odd = divmod(len(weights), max(L * D, 1))
-    if L < 1 or D not in (1, 2) or odd or each not in (2, 4, *([3, 5] if pair else [])):
+    counts = (2, 4, 3, 5) if call.cell == "lstm" else (2, 4)
+    each = weights_of_each(len(weights), L, D, counts) if L >= 1 and D in (1, 2) else 0
+    if not each:
         got = f"{len(weights)} of {L} layers in {D} directions"
-        needs = "2 or 4 for each layer, in 1 or 2 directions; an LSTM may have a projection, too"
+        needs = f"{' or '.join(map(str, sorted(counts)))} for each layer, in 1 or 2 directions"
         checks.fail(Misfit, "weights", got, needs)
     last = weights[each - 1 if each % 2 else 1]
     if last.dim() != 2 or min(last.shape) < 1 or shape[-1] < 1:
-        _refuse("weight_hh_l0", last, x, "G*H, H, both at least 1")
+        name, sizes = ("weight_hr_l0", "P, H") if each % 2 else ("weight_hh_l0", "G*H, H")
+        _refuse(name, last, x, f"{sizes}, both at least 1")
     _, H, P, N = sizes_of(weights, L, D)
     if P >= H:
         _refuse("weight_hr_l0", last, x, "P, H, P less than H")
@@ -320,9 +329,9 @@ def forward(
     the layout of x; states [L*D, B, N], [L*D, B, H], None for zeros. All are on the CPU, of the
     weights' dtype. Raises Misfit if tensors do not fit.
     """
-    cell, L, D = CELLS[call.cell], call.L, call.D
     x, h_0, c_0, *weights = held(x, h_0, c_0, *weights)
     layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, h_0, c_0, weights))
+    cell, L, D = CELLS[call.cell], call.L, call.D
     workers, given = call_threads(), _rows(x)
     T, B = layout.T, layout.B
     dtype, (_, H, P, N) = given.dtype, sizes_of(weights, L, D)
@@ -358,9 +367,9 @@ def backward(
     `needed` tells of each whether it is; dy, dh_n and dc_n may be None for zeros. Raises Misfit if
     tensors do not fit.
     """
-    cell, L, D = CELLS[call.cell], call.L, call.D
     x, dy, dh_n, dc_n, tape, *weights = held(x, dy, dh_n, dc_n, tape, *weights)
     layout = _Layout(call, x, batch_sizes, *fit(call, x, batch_sizes, dh_n, dc_n, weights))
+    cell, L, D = CELLS[call.cell], call.L, call.D
     workers, given = call_threads(), _rows(x)
     dtype, I, (each, H, P, N) = given.dtype, given.shape[-1], sizes_of(weights, L, D)
     T, B = layout.T, layout.B

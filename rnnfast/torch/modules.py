@@ -60,7 +60,7 @@ class Recurrent(Like):
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """The parameters of each layer and direction."""
-        each = (4 if self.bias else 2) + (self.proj_size > 0)
+        each = sum(name.endswith("_l0") for name in self._names)
         weights = self._weights()
         return [weights[i : i + each] for i in range(0, len(weights), each)]
 
