@@ -1,6 +1,7 @@
 """A drop-in for torch.nn's recurrent modules: `import rnnfast.torch`, then change one word.
 
-The cells are torch.nn's own: one step is a product and little more, with nothing to gain.
+The cells are torch.nn's own: one step is a product and little more, and seldom gains what a call of
+ours costs.
 
 Knows the public names, nothing else. Needs PyTorch, which nothing else of rnnfast does.
 """
