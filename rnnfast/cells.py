@@ -12,6 +12,18 @@ from typing import Any
 PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peephole", "weight_hr")
 
 
+# By whether there are peepholes, and a projection: small calls feel it if they are put together.
+_NAMES = {
+    (peepholes, projected): tuple(
+        name
+        for name in PARAMETERS
+        if (peepholes or name != "weight_peephole") and (projected or name != "weight_hr")
+    )
+    for peepholes in (False, True)
+    for projected in (False, True)
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One row of the table: a recurrent cell as its parameters and its tape see it.
@@ -34,8 +46,7 @@ class Cell:
 
     def parameters(self, projected: bool = False) -> tuple[str, ...]:
         """Names of one layer's parameters in one direction, the biases among them."""
-        absent = [] if self.peepholes else ["weight_peephole"]
-        return tuple(n for n in PARAMETERS if n not in absent and (projected or n != "weight_hr"))
+        return _NAMES[bool(self.peepholes), projected]
 
     def weight_shapes(
         self, input_size: int, hidden_size: int, proj_size: int = 0
@@ -88,10 +99,13 @@ CELLS: dict[str, Cell] = {
 }  # fmt: skip
 
 
+_ROWS = {(cell.kind, frozenset(cell.options.items())): cell for cell in CELLS.values()}
+
+
 def cell_of(kind: str, **options: Any) -> Cell:
     """The row that a kind of layer and all of its options ask for.
 
     >>> cell_of("GRU", reset_after=False).name
     'gru_reset_before'
     """
-    return next(c for c in CELLS.values() if c.kind == kind and c.options == options)
+    return _ROWS[kind, frozenset(options.items())]

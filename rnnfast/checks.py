@@ -20,6 +20,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -555,6 +556,26 @@ def apart(name: str, array: ndarray, out_name: str, out: ndarray) -> None:
 Weights = tuple[tuple[ndarray | None, ...], ...]
 
 
+_LETTERS = "W", "R", "b_ih", "b_hh", "P", "W_hr"
+# Which of these there are, by how many a cell has and how many came: one more is a projection.
+_PLACES = {
+    (4, 4): (0, 1, 2, 3),
+    (4, 5): (0, 1, 2, 3, 5),
+    (5, 5): (0, 1, 2, 3, 4),
+    (5, 6): (0, 1, 2, 3, 4, 5),
+}
+
+
+@lru_cache  # small calls feel the words that they do not use
+def _labels(name: str, at: tuple[int, ...]) -> list[str]:
+    return [f"{name} ({_LETTERS[place]})" for place in at]
+
+
+def _weights_needed(plain: int, projected: bool) -> str:
+    last = " or with W_hr" if projected else ""
+    return f"({', '.join(_LETTERS[:plain])}){last}, a pair of such tuples, or a pack"
+
+
 def weights(
     name: str, value: Any, gates: int, peepholes: int = 0, projected: bool = False
 ) -> Weights:
@@ -569,22 +590,19 @@ def weights(
     >>> [a is not None for a in weights("weights", (W, R, b, None), 4)[0]]
     [True, True, True, False, False, False]
     """
-    letters = ("W", "R", "b_ih", "b_hh", "P")[: 5 if peepholes else 4]
-    last = " or with W_hr" if projected else ""
-    needs = f"({', '.join(letters)}){last}, a pair of such tuples, or a pack"
     sequences = tuple, list
     if type(value) in sequences:
         value = tuple(tuple(one) if type(one) in sequences else one for one in tuple(value))
+    plain = 5 if peepholes else 4
     if type(value) is not tuple or not value:
-        fail(TypeError, name, describe(value), needs)
+        fail(TypeError, name, describe(value), _weights_needed(plain, projected))
     directions = value if type(value[0]) is tuple else (value,)
-    sizes = {len(one) if type(one) is tuple else 0 for one in directions}
-    if len(directions) > 2 or sizes not in ({len(letters)}, {len(letters) + projected}):
-        fail(ValueError, name, describe(value), needs)
-    at = [0, 1, 2, 3, 4] if peepholes else [0, 1, 2, 3]  # among all that there may be
-    if sizes != {len(letters)}:
-        letters, at = (*letters, "W_hr"), [*at, 5]
-    labels = [f"{name} ({label})" for label in letters]
+    count = len(directions[0]) if type(directions[0]) is tuple else 0
+    wrong = len(directions) > 2 or not plain <= count <= plain + projected
+    if wrong or any(type(one) is not tuple or len(one) != count for one in directions):
+        fail(ValueError, name, describe(value), _weights_needed(plain, projected))
+    at = _PLACES[plain, count]
+    labels = _labels(name, at)
     # As arrays, each converted once, and then by shape: an object's answer may change.
     W = raw_array(labels[0], directions[0][0], FLOAT32, False)
     dtype = FLOAT64 if W.dtype == FLOAT64 else FLOAT32

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ TAPES = "full", "light"
 SLICE_BYTES = 1 << 20  # of a light tape's slice at least, once it is computed again
 KEPT_FROM = 16 * 1024  # numbers; below, NumPy's own memory is as fast
 NEEDS = ("x", "state", *PARAMETERS)
+_ALL = frozenset(NEEDS)
 
 
 class Tape:
@@ -457,8 +459,8 @@ def _backward(
 ) -> Gradients:
     packed, raw = _pack(cell, weights, BACKWARD)
     own = "x", "state", *cell.parameters(packed.proj_size > 0)
-    needed = set(checks.choices("need", need, NEEDS))
-    if needed != set(NEEDS):  # which is the default, and asks for all that there are
+    needed = _ALL if need is NEEDS else checks.choices("need", need, NEEDS)
+    if needed != _ALL and not needed.issubset(own):  # all asks for what there is
         checks.choices("need", needed, own)
     I, H, P, D = packed.input_size, packed.hidden_size, packed.proj_size, packed.directions
     N, dtype = P or H, _dtype(packed)
@@ -499,8 +501,8 @@ def _backward(
         if unbatched:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
         dstate_0 = (dh_0, dc_0) if pair else dh_0
-    named = [dict(zip(PARAMETERS, own, strict=True)) for own in grads]
-    given = tuple(tuple(own[name] for name in shapes) for own in named)
+    there = [name in shapes for name in PARAMETERS]
+    given = tuple(tuple(compress(own, there)) for own in grads)
     return Gradients(dx, dstate_0, given if D == 2 else given[0], plan, threads)
 
 

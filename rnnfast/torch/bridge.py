@@ -47,7 +47,10 @@ class Call(NamedTuple):
 
 def weights_of_each(count: int, L: int, D: int, counts: Items[int] = (2, 4, 3, 5)) -> int:
     """Which of these counts of weights each direction has; 0 if none. L may be the compiler's."""
-    return next((each for each in counts if each * L * D == count), 0)
+    for each in counts:
+        if each * L * D == count:
+            return each
+    return 0
 
 
 def sizes_of(weights: Items[Tensor], L: int, D: int) -> tuple[int, int, int, int]:
@@ -146,8 +149,10 @@ def fit(
     rows, I = len(cell.gates) * H, shape[-1]
     # Of a direction's own, in their order.
     shapes: list[tuple] = [(rows, I), (rows, N)]
-    shapes += [(rows,), (rows,)] * (each > 3)
-    shapes += [(P, H)] * (each % 2)
+    if each > 3:
+        shapes += (rows,), (rows,)
+    if P:
+        shapes.append((P, H))
     for i, weight in enumerate(weights):
         if i == each * D:
             shapes[0] = rows, D * N
