@@ -28,21 +28,26 @@ _NAMES = {
 class Cell:
     """One row of the table: a recurrent cell as its parameters and its tape see it.
 
-    `kind` is the module that has it, with these `options`. `gates` is the order of the blocks of H
-    rows in `weight_ih`, `weight_hh` and both biases (PyTorch's order). `tape_gates` is what the
-    tape keeps per (step, row), in this order; `states` are the sequences carried through time.
-    `peepholes` are the gates that see c, each through one weight for each unit, in the order of
-    `weight_peephole`.
+    `kind` is the module that has it, with these options; all others of its kind are at the values
+    of DEFAULTS. `gates` is the order of the blocks of H rows in `weight_ih`, `weight_hh` and both
+    biases (PyTorch's order). `tape_gates` is what the tape keeps per (step, row), in this order;
+    `states` are the sequences carried through time. `peepholes` are the gates that see c, each
+    through one weight for each unit, in the order of `weight_peephole`.
     """
 
     name: str
     number: int  # the same as `rf_cell_id` in csrc/kernels.h
     kind: str
-    options: Mapping[str, Any] = field(hash=False)
+    own_options: Mapping[str, Any] = field(hash=False)
     gates: tuple[str, ...]
     states: tuple[str, ...]
     tape_gates: tuple[str, ...]
     peepholes: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options of its kind that choose between cells, as this one has them."""
+        return {**DEFAULTS[self.kind], **self.own_options}
 
     def parameters(self, projected: bool = False) -> tuple[str, ...]:
         """Names of one layer's parameters in one direction, the biases among them."""
@@ -64,19 +69,26 @@ class Cell:
         return {name: shapes[name] for name in self.parameters(proj_size > 0)}
 
 
+# Of each kind of layer, the options that choose between cells.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "RNN": {"nonlinearity": "tanh"},
+    "LSTM": {"peephole": False, "coupled": False},
+    "GRU": {"reset_after": True},
+}
+
 # Of a GRU, "hn" is R_n h + b_hn: what the reset gate multiplies, needed for its gradient. A coupled
 # LSTM's forget gate is 1 - i.
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        Cell("rnn_tanh", 0, "RNN", {"nonlinearity": "tanh"}, ("h",), ("h",), ()),
+        Cell("rnn_tanh", 0, "RNN", {}, ("h",), ("h",), ()),
         Cell("rnn_relu", 1, "RNN", {"nonlinearity": "relu"}, ("h",), ("h",), ()),
         Cell(
-            "lstm", 2, "LSTM", {"peephole": False, "coupled": False},
+            "lstm", 2, "LSTM", {},
             ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o"),
         ),
         Cell(
-            "gru", 3, "GRU", {"reset_after": True},
+            "gru", 3, "GRU", {},
             ("r", "z", "n"), ("h",), ("r", "z", "n", "hn"),
         ),
         Cell(
@@ -84,11 +96,11 @@ CELLS: dict[str, Cell] = {
             ("r", "z", "n"), ("h",), ("r", "z", "n"),
         ),
         Cell(
-            "lstm_peephole", 5, "LSTM", {"peephole": True, "coupled": False},
+            "lstm_peephole", 5, "LSTM", {"peephole": True},
             ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o"), ("i", "f", "o"),
         ),
         Cell(
-            "lstm_coupled", 6, "LSTM", {"peephole": False, "coupled": True},
+            "lstm_coupled", 6, "LSTM", {"coupled": True},
             ("i", "g", "o"), ("h", "c"), ("i", "g", "o"),
         ),
         Cell(
