@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #define RF_MAX_DIRECTIONS 2
+#define RF_MAX_SETTINGS 2
 
 /* Numbers as in rnnfast/cells.py. */
 typedef enum {
@@ -51,6 +52,9 @@ typedef struct {
     void *data; /* NULL: absent */
     ptrdiff_t step, row;
     const ptrdiff_t *starts; /* [T] rows before those of each step; NULL: not packed */
+    /* [B] rows before those of each row of the batch, which lie one step after the other; NULL:
+     * they do not. */
+    const ptrdiff_t *offsets;
 } rf_seq;
 
 /* Parameters of one direction, or their gradients. G gates, in the order of rnnfast/cells.py; N
@@ -95,6 +99,28 @@ typedef struct {
     void *c;     /* [D, S+1, B, H], or NULL where the cell has no c */
 } rf_tape;
 
+/* Numbers of a state that a step does not make, or not alone: where a byte of `where` is not 0, the
+ * state after the step is the value, or, without values, the state before. */
+typedef struct {
+    rf_seq where;  /* in  bytes, of the shape of all steps' states; data NULL: nowhere */
+    rf_seq value;  /* in  likewise, numbers; or data NULL */
+    rf_seq dvalue; /* out of backward, gradient by the values, where there are such; or data NULL */
+} rf_setting;
+
+/* What happens to the states between two steps beside the cell's equations. Sequences are by time,
+ * [T, B, D*N] of h and [T, B, D*H] of c; their strides may be 0. */
+typedef struct {
+    rf_setting h[RF_MAX_SETTINGS], c[RF_MAX_SETTINGS]; /* the first is made first */
+    double hold_h, hold_c; /* before these, without a tape: the share of the state before; or 0 */
+    rf_seq keep; /* in  bytes: the products with R see h (and m) where these are not 0; or NULL */
+    double keep_scale; /* by which what they see is multiplied */
+    rf_seq c_steps; /* out of forward, in of backward: c after each step, its gradient; or NULL */
+    /* Backward: what h's gradient of later steps is clipped to, number by number, or to which norm
+     * over the numbers of a row; or 0. */
+    double clip, clip_norm;
+    rf_seq norms; /* out of backward, [T, B, D]: norm of the gradient by h; or data NULL */
+} rf_between;
+
 typedef struct {
     rf_shape shape;
     int reverse;              /* bit d: direction d runs from the last valid step to the first */
@@ -102,6 +128,9 @@ typedef struct {
     rf_seq x;                 /* in  [T, B, I] */
     rf_seq y;                 /* out [T, B, D*N], or data NULL; zeros past a row's length */
     const ptrdiff_t *lengths; /* in  [B], each in 0..T; NULL: all T */
+    const ptrdiff_t *times; /* in  [B, T] times of each row's valid steps, ascending, then those of
+                             * the others; NULL: the valid ones come first. Needs lengths */
+    const rf_between *between;           /* in, or NULL: nothing */
     const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_FORWARD) */
     const void *h_0, *c_0;               /* in  [D, B, N], [D, B, H], or NULL: zeros */
     void *h_n, *c_n; /* out, likewise; states at the last valid step. May alias h_0, c_0 */
@@ -117,7 +146,8 @@ typedef struct {
     int add_dx;             /* dx is added to, its padding left: it is another direction's */
     int add_grads;          /* grads are added to: they are the later slices' */
     rf_seq x;               /* in  [T, B, I]; the forward call's; data may be NULL if no dW */
-    const ptrdiff_t *lengths;
+    const ptrdiff_t *lengths, *times;
+    const rf_between *between;
     const void *pack[RF_MAX_DIRECTIONS]; /* in, from pack(RF_PACK_BACKWARD) */
     rf_tape tape;                        /* in, never written */
     rf_seq dy; /* in  [T, B, D*N], data NULL: zeros; not read past a row's length */
@@ -164,6 +194,9 @@ typedef struct {
     /* out = in * mask / (1 - p) over [T, B, N]; the mask depends on (key, t, b, unit) alone. */
     int (*dropout)(ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf_seq in, rf_seq out, double p,
                    uint64_t key, rf_run *run);
+    /* The mask itself, or its opposite, as bytes of 0 and 1. */
+    int (*dropout_mask)(ptrdiff_t T, ptrdiff_t B, ptrdiff_t N, rf_seq out, int opposite, double p,
+                        uint64_t key, rf_run *run);
 } rf_kernels;
 
 /* dispatch.c. Isas compiled in, weakest first, NULL-terminated; and the kernels of one, or NULL if

@@ -80,6 +80,7 @@ cdef extern from "kernels.h":
         void *data
         Py_ssize_t step, row
         const Py_ssize_t *starts
+        const Py_ssize_t *offsets
     ctypedef struct rf_weights:
         void *W
         void *R
@@ -97,12 +98,25 @@ cdef extern from "kernels.h":
         void *gates
         void *h
         void *c
+    ctypedef struct rf_setting:
+        rf_seq where, value, dvalue
+    ctypedef struct rf_between:
+        rf_setting h[2]
+        rf_setting c[2]
+        double hold_h, hold_c
+        rf_seq keep
+        double keep_scale
+        rf_seq c_steps
+        double clip, clip_norm
+        rf_seq norms
     ctypedef struct rf_forward_args:
         rf_shape shape
         int reverse
         Py_ssize_t step0, step1
         rf_seq x, y
         const Py_ssize_t *lengths
+        const Py_ssize_t *times
+        const rf_between *between
         const void *pack[2]
         const void *h_0
         const void *c_0
@@ -118,6 +132,8 @@ cdef extern from "kernels.h":
         int add_dx, add_grads
         rf_seq x
         const Py_ssize_t *lengths
+        const Py_ssize_t *times
+        const rf_between *between
         const void *pack[2]
         rf_tape tape
         rf_seq dy
@@ -158,6 +174,9 @@ cdef extern from "kernels.h":
         double (*read)(const void *, Py_ssize_t, Py_ssize_t, int) noexcept nogil
         int (*dropout)(
             Py_ssize_t, Py_ssize_t, Py_ssize_t, rf_seq, rf_seq, double, uint64_t, rf_run *
+        ) noexcept nogil
+        int (*dropout_mask)(
+            Py_ssize_t, Py_ssize_t, Py_ssize_t, rf_seq, int, double, uint64_t, rf_run *
         ) noexcept nogil
     const char **rf_isas
     const rf_kernels *rf_find_kernels(const char *, rf_dtype)

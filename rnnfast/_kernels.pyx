@@ -65,7 +65,8 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 37  # of one call: 11 arrays, 12 gradients, 4 of a light tape, 6 to add to, 4 starts
+    MOST_VIEWS = 54  # of one call: 12 arrays, 12 gradients, 4 of a light tape, 6 to add to, 4 starts;
+    #                  between steps, of 4 settings 3 each, and 3 others
 
 
 cdef struct Views:
@@ -95,16 +96,18 @@ cdef int take(Views *views, object array, int flags, void **out) except -1:
 
 
 cdef class Packed:
-    """A sequence whose rows lie packed, step after step, without padding."""
+    """A sequence whose rows lie packed without padding, step after step, or row after row."""
 
     cdef readonly object data
     cdef readonly object starts
     cdef readonly tuple shape
+    cdef readonly bint by_rows
 
-    def __init__(self, data, starts, tuple shape):
+    def __init__(self, data, starts, tuple shape, bint by_rows=False):
         self.data = data
         self.starts = starts
         self.shape = shape
+        self.by_rows = by_rows
 
     @property
     def dtype(self):
@@ -116,12 +119,15 @@ cdef int take_seq(Views *views, object array, int flags, rf_seq *out) except -1:
     be assigned to, at any moment, by whoever else holds it."""
     cdef Py_buffer *view
     cdef Py_ssize_t T, B
-    out.starts = NULL
+    out.starts = out.offsets = NULL
     if array is None:
         out.data = NULL
         return 0
     if type(array) is Packed:
-        take(views, (<Packed>array).starts, 0, <void **>&out.starts)
+        if (<Packed>array).by_rows:
+            take(views, (<Packed>array).starts, 0, <void **>&out.offsets)
+        else:
+            take(views, (<Packed>array).starts, 0, <void **>&out.starts)
         T, B, _ = (<Packed>array).shape
         take(views, (<Packed>array).data, flags, &out.data)
         view = &views.view[views.n - 1]
@@ -372,6 +378,69 @@ cdef inline void copy_or_clear(void *to, const void *from_, size_t bytes) noexce
         memset(to, 0, bytes)
 
 
+cdef int take_settings(Views *views, tuple settings, tuple gradients, rf_setting *out) except -1:
+    cdef int i
+    cdef tuple setting
+    for i in range(len(settings)):
+        setting = settings[i]
+        take_seq(views, setting[0], 0, &out[i].where)
+        take_seq(views, setting[1], 0, &out[i].value)
+        if gradients is not None:
+            take_seq(views, gradients[i], PyBUF_WRITABLE, &out[i].dvalue)
+    return 0
+
+
+cdef int take_between(Views *views, between, rf_between *out) except -1:
+    """What happens between steps, as `between.Between` has it, of a forward call."""
+    memset(out, 0, sizeof(out[0]))
+    take_settings(views, between.h, None, out.h)
+    take_settings(views, between.c, None, out.c)
+    out.hold_h, out.hold_c = between.hold
+    take_seq(views, between.keep, 0, &out.keep)
+    out.keep_scale = between.keep_scale
+    return 0
+
+
+cdef int take_between_back(Views *views, between, received, rf_between *out) except -1:
+    """The same of a backward call; `received` is a `between.Received`."""
+    memset(out, 0, sizeof(out[0]))
+    if between is not None:
+        take_between(views, between, out)
+        if received is not None:
+            take_settings(views, between.h, received.h, out.h)
+            take_settings(views, between.c, received.c, out.c)
+    if received is not None:
+        take_seq(views, received.dc_steps, 0, &out.c_steps)
+        take_seq(views, received.norms, PyBUF_WRITABLE, &out.norms)
+        out.clip, out.clip_norm = received.clip, received.clip_norm
+    return 0
+
+
+cdef inline void shift(rf_seq *seq, Py_ssize_t bytes) noexcept nogil:
+    if seq.data != NULL:
+        seq.data = <char *>seq.data + bytes
+
+
+cdef rf_between of_direction(
+    const rf_between *both, const rf_shape *s, int d, Py_ssize_t element
+) noexcept nogil:
+    """What happens between the steps of one direction."""
+    cdef rf_between one = both[0]
+    cdef Py_ssize_t h = d * h_size(s), c = d * s.H
+    cdef int i
+    for i in range(2):
+        shift(&one.h[i].where, h)
+        shift(&one.h[i].value, h * element)
+        shift(&one.h[i].dvalue, h * element)
+        shift(&one.c[i].where, c)
+        shift(&one.c[i].value, c * element)
+        shift(&one.c[i].dvalue, c * element)
+    shift(&one.keep, h)
+    shift(&one.c_steps, c * element)
+    shift(&one.norms, d * element)
+    return one
+
+
 cdef int forward_slices(
     const rf_kernels *kernels, rf_forward_args *args, char *h, char *c, Py_ssize_t steps
 ) noexcept nogil:
@@ -411,6 +480,7 @@ cdef int backward_slices(
     slice, forward again into args.tape, which has room for one slice, then backward."""
     cdef rf_forward_args f
     cdef rf_backward_args g
+    cdef rf_between ahead, back
     cdef rf_shape *s = &args.shape
     cdef Py_ssize_t k, slices = slices_of(s.T, steps)
     cdef size_t h_bytes = s.B * h_size(s) * pack.kernels.element
@@ -440,7 +510,12 @@ cdef int backward_slices(
         f.shape = g.shape
         f.reverse = g.reverse
         f.x = g.x
-        f.lengths = g.lengths
+        f.lengths, f.times = g.lengths, g.times
+        if args.between != NULL:
+            back = of_direction(args.between, s, d, pack.kernels.element)
+            ahead = back
+            ahead.c_steps.data = NULL  # forward would write it
+            g.between, f.between = &back, &ahead
         f.pack[0] = forward_pack.direction[d]
         f.h_n, f.c_n = h_last, c_last
         f.tape = g.tape
@@ -479,6 +554,8 @@ cdef int take_forward(
     take(views, h_n, PyBUF_WRITABLE, &args.h_n)
     take(views, c_n, PyBUF_WRITABLE, &args.c_n)
     take(views, lengths, 0, <void **>&args.lengths)
+    args.times = NULL
+    args.between = NULL
     take(views, gates, PyBUF_WRITABLE, &args.tape.gates)
     take(views, h, PyBUF_WRITABLE, &args.tape.h)
     take(views, c, PyBUF_WRITABLE, &args.tape.c)
@@ -489,10 +566,12 @@ cdef int take_forward(
 
 def forward(
     Pack pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape,
-    bint reverse, int threads, int plan, Py_ssize_t steps=0,
+    bint reverse, int threads, int plan, Py_ssize_t steps=0, times=None, between=None,
+    c_steps=None,
 ):
     cdef Views views
     cdef rf_forward_args args
+    cdef rf_between happens
     cdef rf_block memory
     cdef char *h_light
     cdef char *c_light
@@ -502,6 +581,13 @@ def forward(
     try:
         take_forward(
             &views, &args, pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape)
+        take(&views, times, 0, <void **>&args.times)
+        if between is not None or c_steps is not None:
+            memset(&happens, 0, sizeof(happens))
+            if between is not None:
+                take_between(&views, between, &happens)
+            take_seq(&views, c_steps, PyBUF_WRITABLE, &happens.c_steps)
+            args.between = &happens
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
         memory = allocate(pack.kernels.forward_workspace(&args.shape, threads))
@@ -534,7 +620,9 @@ def wavefront_steps(
     return rf_wavefront_steps(current[dtype == "d"], &lowest, &others, layers, &run)
 
 
-def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize_t steps):
+def wavefront(
+    tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize_t steps, times=None
+):
     cdef Py_ssize_t n = len(packs), i, size = 0
     cdef Py_ssize_t views_size = whole_lines(n * sizeof(Views))
     cdef Py_ssize_t layers_size = whole_lines(n * sizeof(rf_forward_args))
@@ -563,6 +651,7 @@ def wavefront(tuple packs, tuple calls, lengths, int threads, int plan, Py_ssize
                 raise ValueError("isa: got another one during this call; needs the same throughout")
             x, y, h_0, c_0, h_n, c_n, gates, h, c = calls[i]
             take_forward(&views[i], layer, pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h, c)
+            take(&views[i], times, 0, <void **>&layer.times)
             layer.reverse = 0
             if gates is not None:
                 args.gates_step = layer.shape.B * gates.shape[3] * layer.shape.H
@@ -599,10 +688,11 @@ cdef int take_gradients(Views *views, tuple grads, rf_weights *out) except -1:
 def backward(
     Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
     bint reverse, int threads, int plan, tuple light=None, tuple add_to=None,
-    bint replace=False,
+    bint replace=False, times=None, between=None, received=None,
 ):
     cdef Views views
     cdef rf_backward_args args
+    cdef rf_between happens
     cdef rf_shape one
     cdef rf_block memory
     cdef Py_ssize_t size, steps = 0
@@ -625,6 +715,11 @@ def backward(
         args.step0, args.step1 = 0, args.shape.T
         args.add_dx = args.add_grads = 0
         take(&views, lengths, 0, <void **>&args.lengths)
+        take(&views, times, 0, <void **>&args.times)
+        args.between = NULL
+        if between is not None or received is not None:
+            take_between_back(&views, between, received, &happens)
+            args.between = &happens
         take(&views, gates, tape_flags, &args.tape.gates)
         take(&views, h_tape, tape_flags, &args.tape.h)
         take(&views, c_tape, tape_flags, &args.tape.c)
@@ -698,6 +793,7 @@ cdef class Stepper:
     cdef rf_forward_args *args  # [layers], ready for a step
     cdef char *h                # [layers][B][N] the states, N numbers of h
     cdef char *c                # [layers][B][H]
+    cdef rf_between between     # if there is any
     cdef rf_block memory        # of args, new states, a step's y of each layer, workspace
     cdef Py_ssize_t h_bytes, c_bytes  # of one layer's state
     cdef int threads
@@ -708,7 +804,10 @@ cdef class Stepper:
         begin(&self.views)
         self.memory.data = NULL
 
-    def __init__(self, tuple packs, h, c, Py_ssize_t batch_size, int threads, int plan):
+    def __init__(
+        self, tuple packs, h, c, Py_ssize_t batch_size, int threads, int plan,
+        double hold_h=0, double hold_c=0,
+    ):
         cdef Pack pack = packs[0]
         cdef rf_shape shape
         cdef Py_ssize_t workspace = 0, here, tables  # here: of a state, whole lines
@@ -748,6 +847,9 @@ cdef class Stepper:
             self.args[i].x.row = pack.shape.I
             self.args[i].y.row = h_size(&pack.shape)
             set_run(&self.args[i].run, threads, plan)
+            if hold_h > 0 or hold_c > 0:
+                self.between.hold_h, self.between.hold_c = hold_h, hold_c
+                self.args[i].between = &self.between
             at += 3 * here
         for i in range(self.layers):
             self.args[i].workspace = at
@@ -895,6 +997,28 @@ def dropout(
         kernels = current[views.view[0].itemsize == 8]
         with nogil:
             failed = kernels.dropout(shape[0], shape[1], shape[2], from_, to, p, key, &run)
+        rf_propagate(failed)
+    finally:
+        release(&views)
+
+
+def dropout_mask(
+    out, bint opposite, double p, uint64_t seed, uint64_t call, uint64_t layer, int threads,
+    int plan,
+):
+    cdef Views views
+    cdef rf_seq to
+    cdef uint64_t key = dropout_mix(dropout_mix(dropout_mix(seed) + call) + layer)
+    cdef Py_ssize_t N
+    cdef rf_run run
+    cdef int failed
+    begin(&views)
+    try:
+        take_seq(&views, out, PyBUF_WRITABLE, &to)
+        N = views.view[0].shape[2]
+        set_run(&run, threads, plan)
+        with nogil:
+            failed = current[0].dropout_mask(views.T, views.B, N, to, opposite, p, key, &run)
         rf_propagate(failed)
     finally:
         release(&views)

@@ -66,6 +66,8 @@ def relu(z):
 #               -> dz_x, dz_h [n, G*H], d(states before), dR [G*H, H]
 # Where a cell has peepholes, P [p*H], one weight for each unit, is the last argument of both, and
 # dP the last result of the latter.
+# Where h goes past the products, too (a GRU's), the states before may be (h, seen): the h that goes
+# past, and the one that R multiplies; d(states before) is then of both.
 # where z_x = x W^T + b_ih is what comes from the input and z_h = h R^T + b_hh what comes from the
 # state. The input's side is the same for all cells and left to `backward`:
 # dx = dz_x W, dW = dz_x^T x, db_ih = sum(dz_x), db_hh = sum(dz_h).
@@ -220,14 +222,19 @@ def lstm_coupled_peephole_step_backward(d_after, gates, before, after, R, P):
     return dz, dz, (dz @ R, dc * (1 - i) + dz_i * p_i), dz.T @ h, dP
 
 
+def apart(before, dh, d_seen):
+    """Gradients by the h that goes past R and the one that R sees, of a cell given both."""
+    return (dh, d_seen) if len(before) == 2 else (dh + d_seen,)
+
+
 def gru_step(x, before, W, R, b_ih, b_hh):
     """Gated recurrent unit, reset after the product: r scales R_n h + b_hn, kept as `hn`.
 
     Cho et al., arXiv 1406.1078, in the form of torch.nn.GRU; gate order r z n.
     """
-    (h,) = before
+    h, seen = before[0], before[-1]
     x_r, x_z, x_n = split(x @ W.T + b_ih, 3)
-    h_r, h_z, hn = split(h @ R.T + b_hh, 3)
+    h_r, h_z, hn = split(seen @ R.T + b_hh, 3)
     r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
     n = tanh(x_n + r * hn)
     h_new = (1 - z) * n + z * h
@@ -235,14 +242,14 @@ def gru_step(x, before, W, R, b_ih, b_hh):
 
 
 def gru_step_backward(d_after, gates, before, after, R):
-    (dh_new,), (r, z, n, hn), (h,) = d_after, gates, before
+    (dh_new,), (r, z, n, hn), h, seen = d_after, gates, before[0], before[-1]
     dz_n = dh_new * (1 - z) * (1 - n) * (1 + n)
     dz_z = dh_new * (h - n) * z * (1 - z)
     dz_r = dz_n * hn * r * (1 - r)
     dz_x = join(dz_r, dz_z, dz_n)
     dz_h = join(dz_r, dz_z, dz_n * r)  # between R_n h and n stands r: here x and h differ
-    dh = dh_new * z + dz_h @ R  # h reaches h' directly, past every product, and through R
-    return dz_x, dz_h, (dh,), dz_h.T @ h
+    dh, d_seen = dh_new * z, dz_h @ R  # h reaches h' directly, past every product, and through R
+    return dz_x, dz_h, apart(before, dh, d_seen), dz_h.T @ seen
 
 
 def gru_reset_before_step(x, before, W, R, b_ih, b_hh):
@@ -250,30 +257,30 @@ def gru_reset_before_step(x, before, W, R, b_ih, b_hh):
 
     Cho et al., arXiv 1406.1078; ONNX's GRU with linear_before_reset = 0; gate order r z n.
     """
-    (h,) = before
+    h, seen = before[0], before[-1]
     H = h.shape[1]
     R_rz, R_n = R[: 2 * H], R[2 * H :]
     z_rz, z_n = np.split(x @ W.T + b_ih + b_hh, [2 * H], axis=1)
-    z_r, z_z = split(z_rz + h @ R_rz.T, 2)
+    z_r, z_z = split(z_rz + seen @ R_rz.T, 2)
     r, z = sigmoid(z_r), sigmoid(z_z)
-    n = tanh(z_n + (r * h) @ R_n.T)
+    n = tanh(z_n + (r * seen) @ R_n.T)
     h_new = (1 - z) * n + z * h
     return (h_new,), (r, z, n)
 
 
 def gru_reset_before_step_backward(d_after, gates, before, after, R):
-    (dh_new,), (r, z, n), (h,) = d_after, gates, before
+    (dh_new,), (r, z, n), h, seen = d_after, gates, before[0], before[-1]
     H = h.shape[1]
     R_rz, R_n = R[: 2 * H], R[2 * H :]
     dz_n = dh_new * (1 - z) * (1 - n) * (1 + n)
     dz_z = dh_new * (h - n) * z * (1 - z)
     drh = dz_n @ R_n  # by r h, the operand of R_n
-    dz_r = drh * h * r * (1 - r)
+    dz_r = drh * seen * r * (1 - r)
     dz_rz = join(dz_r, dz_z)
     dz = join(dz_rz, dz_n)
-    dh = dh_new * z + drh * r + dz_rz @ R_rz
-    dR = np.concatenate([dz_rz.T @ h, dz_n.T @ (r * h)])
-    return dz, dz, (dh,), dR
+    dh, d_seen = dh_new * z, drh * r + dz_rz @ R_rz
+    dR = np.concatenate([dz_rz.T @ seen, dz_n.T @ (r * seen)])
+    return dz, dz, apart(before, dh, d_seen), dR
 
 
 class Equations(NamedTuple):
@@ -301,8 +308,10 @@ EQUATIONS = {
 # --------------------------------------------------------------------------------- through time
 
 
-def walk(T, B, lengths=None, reverse=False):
+def walk(T, B, lengths=None, reverse=False, mask=None):
     """The steps of a run: a list of (s, t, rows) in processing order.
+
+    mask [T, B]: instead of lengths, true at the steps of each row that there are.
 
     `rows` [n] are the rows of the batch that still run at processing step s, and t [n] is where
     each of them stands in its sequence: at s, or, reversed, s steps before its last valid one.
@@ -315,16 +324,98 @@ def walk(T, B, lengths=None, reverse=False):
     1 [1] [0]
     2 [0] [0]
     """
-    lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
+    if mask is None:
+        lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
+        mask = np.arange(T)[:, None] < lengths
+    valid = [np.flatnonzero(column)[:: -1 if reverse else 1] for column in mask.T]
     steps = []
     for s in range(T):
-        rows = np.flatnonzero(s < lengths)
-        t = lengths[rows] - 1 - s if reverse else np.full(len(rows), s)
+        rows = np.flatnonzero([s < len(times) for times in valid])
+        t = np.array([valid[row][s] for row in rows], np.intp)
         steps.append((s, t, rows))
     return steps
 
 
-def forward(cell, x, state, weights, *, lengths=None, reverse=False, projection=None):
+class Between(NamedTuple):
+    """What happens to the states between steps, beside the cell's equations.
+
+    Arrays are [T, B, N] of h and [T, B, H] of c, by time. h, c: settings (where, value), the first
+    made first: where true, the state after the step is the value, or if that is None the state
+    before (zoneout: Krueger et al., arXiv 1606.01305; there the h of a step is made of the c that
+    the cell made, whatever becomes of that). hold: before the settings, the state after a step is
+    p times the one before plus 1 - p times what the cell made, p for h and for c (zoneout's
+    expectation). keep: what R multiplies is h times keep (dropout of h on its way into R: Gal and
+    Ghahramani, arXiv 1512.05287, where it is the same for all steps). clip, clip_norm, backward:
+    the gradient by h of later steps, before that of y comes in, is clipped number by number, or to
+    a norm over the numbers of a row (after Graves, arXiv 1308.0850, who clips further inside).
+    """
+
+    h: tuple = ()
+    c: tuple = ()
+    hold: tuple = (0, 0)
+    keep: np.ndarray | None = None
+    clip: float = 0
+    clip_norm: float = 0
+
+    def before(self, cell, states, t, rows):
+        """The states before a step as it takes them."""
+        if self.keep is None:
+            return states
+        seen = states[0] * self.keep[t, rows]
+        return (states[0], seen) if cell.startswith("gru") else (seen, *states[1:])
+
+    def after(self, before, made, t, rows):
+        """The states after a step, of those before it and what the cell made."""
+        states = []
+        for i, (old, new) in enumerate(zip(before, made, strict=True)):
+            if self.hold[i]:
+                new = self.hold[i] * old + (1 - self.hold[i]) * new
+            for where, value in (self.h, self.c)[i]:
+                new = np.where(where[t, rows], old if value is None else value[t, rows], new)
+            states.append(new)
+        return tuple(states)
+
+    def after_backward(self, d_after, t, rows, d_values):
+        """d(states after) -> d(what the cell made), d(states before); and by each setting's values,
+        into d_values.
+        """
+        d_made, d_before = [], []
+        for i, new in enumerate(d_after):
+            old = np.zeros_like(new)
+            settings = zip((self.h, self.c)[i], d_values[i], strict=True)
+            for (where, value), d in reversed(list(settings)):
+                here = where[t, rows]
+                if value is None:
+                    old = old + np.where(here, new, 0)
+                else:
+                    d[t, rows] = np.where(here, new, 0)
+                new = np.where(here, 0, new)
+            d_made.append(new)
+            d_before.append(old)
+        return d_made, d_before
+
+    def before_backward(self, cell, d_before, t, rows):
+        """d(states before as the step takes them) -> d(states before)."""
+        if self.keep is None:
+            return d_before
+        if cell.startswith("gru"):
+            return (d_before[0] + d_before[1] * self.keep[t, rows],)
+        return (d_before[0] * self.keep[t, rows], *d_before[1:])
+
+    def clipped(self, dh):
+        """h's gradient of later steps, clipped."""
+        if self.clip:
+            dh = np.clip(dh, -self.clip, self.clip)
+        if self.clip_norm:
+            norm = np.sqrt((dh * dh).sum(axis=1, keepdims=True))
+            dh = np.where(norm > self.clip_norm, dh * self.clip_norm / np.maximum(norm, 1e-300), dh)
+        return dh
+
+
+def forward(
+    cell, x, state, weights, *, lengths=None, reverse=False, projection=None, mask=None,
+    between=None,
+):  # fmt: skip
     """One layer in one direction through time.
 
     cell: a name in EQUATIONS; x [T, B, I]; state: the initial states, each [B, H] (h, and for the
@@ -332,7 +423,8 @@ def forward(cell, x, state, weights, *, lengths=None, reverse=False, projection=
     [p*H] of a cell with peepholes; a bias may be None; lengths [B], each in 0..T, or None for T;
     reverse: from each row's last valid step to its first; projection [P, H]: what the cell makes is
     projected to h, so that h and y have P numbers, and R is [G*H, P] (Sak, Senior and Beaufays,
-    arXiv 1402.1128; torch.nn.LSTM's weight_hr).
+    arXiv 1402.1128; torch.nn.LSTM's weight_hr); mask bool [T, B]: instead of lengths, the steps
+    that there are of each row; between: a `Between`.
 
     Returns y [T, B, H], zeros past a row's length; the states after each row's last valid step,
     each [B, H] (its initial ones if its length is 0); and the tape, a dict of gates [T, B, Gt, H]
@@ -348,7 +440,9 @@ def forward(cell, x, state, weights, *, lengths=None, reverse=False, projection=
     T, B, _ = x.shape
     W, R, b_ih, b_hh, *P = weights
     H, N = R.shape[1] if projection is None else projection.shape[1], R.shape[1]
-    given = [a for a in (x, *weights, *(state or ()), projection) if a is not None]
+    between = between or Between()
+    values = [value for _, value in (*between.h, *between.c)]
+    given = [a for a in (x, *weights, *(state or ()), projection, *values) if a is not None]
     dtype = np.result_type(*given)
     zero_bias = np.zeros(len(R), dtype)
     weights = W, R, zero_bias if b_ih is None else b_ih, zero_bias if b_hh is None else b_hh, *P
@@ -359,11 +453,12 @@ def forward(cell, x, state, weights, *, lengths=None, reverse=False, projection=
     for i, sequence in enumerate(states):
         sequence[0] = 0 if state is None else state[i]
 
-    for s, t, rows in walk(T, B, lengths, reverse):
+    for s, t, rows in walk(T, B, lengths, reverse, mask):
         before = tuple(sequence[s, rows] for sequence in states)
-        after, step_gates = step(x[t, rows], before, *weights)
+        made, step_gates = step(x[t, rows], between.before(cell, before, t, rows), *weights)
         if projection is not None:
-            after = after[0] @ projection.T, *after[1:]
+            made = made[0] @ projection.T, *made[1:]
+        after = between.after(before, made, t, rows)
         for sequence, value in zip(states, after, strict=True):
             sequence[s + 1, rows] = value
         for i, gate in enumerate(step_gates):
@@ -371,22 +466,28 @@ def forward(cell, x, state, weights, *, lengths=None, reverse=False, projection=
         y[t, rows] = after[0]
 
     last = np.full(B, T) if lengths is None else np.asarray(lengths)
+    last = last if mask is None else mask.sum(axis=0)
     state_n = tuple(sequence[last, np.arange(B)] for sequence in states)
     h, c = states if n_states == 2 else (*states, None)
     return y, state_n, dict(gates=gates if n_gates else None, h=h, c=c)
 
 
-def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False, projection=None):
+def backward(
+    cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False, projection=None, mask=None,
+    between=None, dc_steps=None,
+):  # fmt: skip
     """Gradients of one layer in one direction: the chain rule along the walk, from its end.
 
-    x, weights, lengths, reverse, projection: as in the forward call that made `tape`; dy [T, B, H]
-    and dstate (each [B, H], by the states after the last valid step) are the gradients of the loss
-    by forward's results, either may be None for zeros (Werbos, "Backpropagation through time",
-    1990).
+    x, weights, lengths, reverse, projection, mask, between: as in the forward call that made
+    `tape`; dy [T, B, H] and dstate (each [B, H], by the states after the last valid step) are the
+    gradients of the loss by forward's results, either may be None for zeros (Werbos,
+    "Backpropagation through time", 1990); so is dc_steps [T, B, H], by the c after each step.
 
     Returns a dict: x [T, B, I] (zeros past a row's length), state (a tuple of [B, H], by the
     initial states), weight_ih, weight_hh, bias_ih, bias_hh (None where the bias is), and
-    weight_peephole and weight_hr where these are.
+    weight_peephole and weight_hr where these are. Where something happens between steps, also
+    values, for h and c the gradients by each setting's values, and norms [T, B], of the gradient by
+    h.
 
     >>> weights = np.array([[1.0]]), np.array([[2.0]]), None, None
     >>> x = np.ones((3, 1, 1))
@@ -410,21 +511,32 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False,
     for i, d_last in enumerate(dstate or ()):
         d_states[i][:] = d_last
 
-    for s, t, rows in reversed(walk(T, B, lengths, reverse)):
+    happens = between or Between()
+    values = [[np.zeros(w.shape, dtype) for w, _ in s] for s in (happens.h, happens.c)]
+    norms = np.zeros((T, B), dtype)
+    for s, t, rows in reversed(walk(T, B, lengths, reverse, mask)):
         d_after = [d[rows] for d in d_states]
+        d_after[0] = happens.clipped(d_after[0])
         if dy is not None:
             d_after[0] = d_after[0] + dy[t, rows]
+        if dc_steps is not None:
+            d_after[1] = d_after[1] + dc_steps[t, rows]
+        norms[t, rows] = np.sqrt((d_after[0] * d_after[0]).sum(axis=1))
+        d_after, d_past = happens.after_backward(d_after, t, rows, values)
         gates = tuple(tape["gates"][s, rows, i] for i in range(n_gates))
         before = tuple(sequence[s, rows] for sequence in states)
+        before = happens.before(cell, before, t, rows)
         after = tuple(sequence[s + 1, rows] for sequence in states)
-        if projection is not None:  # back to what the cell made, which the tape has not
+        if projection is not None or between:  # what the cell made, which the tape has not
             biases = (zero_bias if b is None else b for b in (b_ih, b_hh))
-            made, _ = step(x[t, rows], before, W, R, *biases, *P)
-            d_projection += d_after[0].T @ made[0]
+            after, _ = step(x[t, rows], before, W, R, *biases, *P)
+        if projection is not None:
+            d_projection += d_after[0].T @ after[0]
             d_after[0] = d_after[0] @ projection
         dz_x, dz_h, d_before, dR_s, *dP_s = step_backward(d_after, gates, before, after, R, *P)
-        for d, value in zip(d_states, d_before, strict=True):
-            d[rows] = value
+        d_before = happens.before_backward(cell, d_before, t, rows)
+        for d, value, past in zip(d_states, d_before, d_past, strict=True):
+            d[rows] = value + past
         dx[t, rows] = dz_x @ W
         dW += dz_x.T @ x[t, rows]
         dR += dR_s
@@ -436,6 +548,8 @@ def backward(cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False,
     more = {"weight_peephole": dP[0]} if dP else {}
     if projection is not None:
         more["weight_hr"] = d_projection
+    if between:
+        more |= {"values": values, "norms": norms}
     return dict(
         x=dx,
         state=tuple(d_states),

@@ -12,6 +12,7 @@ import numpy as np
 
 import rnnfast
 from rnnfast import _kernels, reference
+from rnnfast.between import Between, Received
 from rnnfast.cells import CELLS, PARAMETERS
 
 DTYPES = ("float32", "float64")
@@ -64,6 +65,7 @@ SHAPES = tuple(
 CANCELLING = {("lstm_coupled", "reverse", SHAPES[0], "uneven", "default", 0)}
 LENGTHS = ("none", "uneven", "with zero", "all zero")
 WEIGHTS = ("default", "hard")
+HAPPENS = ("mask", "set", "hold", "keep", "clip", "c")  # "c": a gradient by the c of each step
 LOSSES = ("both", "y", "state")  # by what the loss depends on: dy and dstate, or one of them
 
 
@@ -107,10 +109,10 @@ def past_lengths(lengths, T, B):
     return np.arange(T)[:, None] >= lengths
 
 
-def poison(sequence, lengths):
-    """A copy of sequence [T, B, N] with NaN past each row's length."""
+def poison(sequence, lengths, mask=None):
+    """A copy of sequence [T, B, N] with NaN past each row's length, or where mask is false."""
     out = sequence.copy()
-    out[past_lengths(lengths, *sequence.shape[:2])] = np.nan
+    out[past_lengths(lengths, *sequence.shape[:2]) if mask is None else ~mask] = np.nan
     return out
 
 
@@ -129,6 +131,7 @@ class Case:
     weights: str = "default"
     seed: int = 0
     projection: int = 0  # P
+    happens: tuple = ()  # of HAPPENS, between steps
 
     @property
     def output(self):
@@ -169,6 +172,9 @@ class Inputs(NamedTuple):
     weights: tuple  # of (W, R, b_ih, b_hh), one for each direction
     dy: np.ndarray | None  # [T, B, D*H]
     dstate: tuple | None  # of [D, B, H]
+    mask: np.ndarray | None = None  # bool [T, B], beside lengths that count its steps
+    between: reference.Between | None = None
+    dc_steps: np.ndarray | None = None  # [T, B, D*H]
 
 
 @lru_cache(maxsize=CACHED)
@@ -180,6 +186,8 @@ def make_inputs(case):
     key = (case.cell, case.direction, case.shape, case.lengths, case.weights, case.seed)
     if case.projection:
         key = (*key, case.projection)
+    if case.happens:
+        key = (*key, case.happens)
     if key in CANCELLING:
         key = (*key, "again")
     rng = np.random.default_rng(zlib.crc32(repr(key).encode()))
@@ -191,15 +199,25 @@ def make_inputs(case):
         array.flags.writeable = False
         return array
 
-    lengths = make_lengths(case.lengths, T, B, rng)
+    lengths, mask = make_lengths(case.lengths, T, B, rng), None
+    if "mask" in case.happens:
+        mask = rng.random((T, B)) < 0.6
+        mask &= ~past_lengths(lengths, T, B)
+        lengths = mask.sum(axis=0)
     weights = tuple(
         make_weights(case.cell, I, H, rng, bias=case.bias, kind=case.weights, P=case.projection)
         for _ in range(D)
     )
     state = tuple(rng.standard_normal((D, B, size)) / 2 for size in case.sizes)
     dstate = tuple(rng.standard_normal((D, B, size)) for size in case.sizes)
-    x = poison(rng.standard_normal((T, B, I)), lengths)
-    dy = poison(rng.standard_normal((T, B, D * N)), lengths)
+    x = poison(rng.standard_normal((T, B, I)), lengths, mask)
+    dy = poison(rng.standard_normal((T, B, D * N)), lengths, mask)
+    between, dc_steps = make_between(case, rng)
+    between = between._replace(
+        h=tuple((where, cast(value)) for where, value in between.h),
+        c=tuple((where, cast(value)) for where, value in between.c),
+        keep=cast(between.keep),
+    )
     if lengths is not None:
         lengths.flags.writeable = False
     return Inputs(
@@ -209,7 +227,49 @@ def make_inputs(case):
         weights=tuple(tuple(map(cast, one)) for one in weights),
         dy=None if case.loss == "state" else cast(dy),
         dstate=None if case.loss == "y" else tuple(map(cast, dstate)),
+        mask=mask,
+        between=between if set(case.happens) - {"mask"} else None,
+        dc_steps=cast(dc_steps),
     )
+
+
+def make_between(case, rng):
+    """What happens between the steps of a case, and dc_steps [T, B, D*H] or None."""
+    T, B, _, H = case.shape
+    D, N = case.directions, case.output
+    between, dc_steps = reference.Between(), None
+    if "set" in case.happens:  # of h all steps and rows alike where numbers are given
+        values = rng.standard_normal((T, B, D * N)), rng.standard_normal((T, B, D * H))
+        where = np.broadcast_to(np.arange(D * N) % 3 == 1, (T, B, D * N))
+        h = (rng.random((T, B, D * N)) < 0.3, None), (where, values[0])
+        c = (rng.random((T, B, D * H)) < 0.2, values[1]), (rng.random((T, B, D * H)) < 0.3, None)
+        between = between._replace(h=h, c=c if "c" in case.states else ())
+    if "hold" in case.happens:
+        between = between._replace(hold=(0.3, 0.2))
+    if "keep" in case.happens:
+        between = between._replace(keep=(rng.random((T, B, D * N)) < 0.7) / 0.7)
+    if "clip" in case.happens:  # neither all of them nor none
+        between = between._replace(clip=0.5, clip_norm=0.7)
+    if "c" in case.happens and "c" in case.states:
+        dc_steps = rng.standard_normal((T, B, D * H))
+    return between, dc_steps
+
+
+def of_direction(between, dc_steps, case, d):
+    """Direction d's part of what happens between steps."""
+    if between is None:
+        return None, None
+
+    def part(array, size):
+        return None if array is None else array[..., d * size : (d + 1) * size]
+
+    N, H = case.output, case.shape.H
+    own = between._replace(
+        h=tuple((part(where, N), part(value, N)) for where, value in between.h),
+        c=tuple((part(where, H), part(value, H)) for where, value in between.c),
+        keep=part(between.keep, N),
+    )
+    return own, part(dc_steps, H)
 
 
 def _promote(value, dtype):
@@ -232,16 +292,25 @@ def run_reference(case, dtype="float64"):
         _promote(v, dtype) for v in (given.x, given.state, given.weights, given.dy, given.dstate)
     )
     lengths, D = given.lengths, case.directions
+    between, dc_steps = given.between, _promote(given.dc_steps, dtype)
+    if between is not None:
+        between = between._replace(
+            h=tuple((where, _promote(value, dtype)) for where, value in between.h),
+            c=tuple((where, _promote(value, dtype)) for where, value in between.c),
+            keep=_promote(between.keep, dtype),
+        )
     ys, runs, tapes = [], [], []
     dys = [None] * D if dy is None else np.split(dy, D, axis=2)
     for d in range(D):
-        how = dict(lengths=lengths, reverse=case.reverse(d))
+        own_between, own_dc_steps = of_direction(between, dc_steps, case, d)
+        how = dict(lengths=lengths, reverse=case.reverse(d), mask=given.mask, between=own_between)
         own = weights[d]
         if case.projection:
             *own, how["projection"] = own
         first = None if state is None else tuple(s[d] for s in state)
         last = None if dstate is None else tuple(s[d] for s in dstate)
         y, state_n, tape = reference.forward(case.cell, x, first, own, **how)
+        how["dc_steps"] = own_dc_steps
         grads = reference.backward(case.cell, x, tape, own, dys[d], last, **how)
         ys.append(y)
         tapes.append(tape)
@@ -254,6 +323,19 @@ def run_reference(case, dtype="float64"):
         out[f"tape_{name}"] = np.nan_to_num(np.stack([tape[name] for tape in tapes]))
     if CELLS[case.cell].tape_gates:
         out["tape_gates"] = np.nan_to_num(np.stack([tape["gates"] for tape in tapes]))
+    if "c" in case.happens and "c" in case.states:
+        T, B, _, H = case.shape
+        out["c_steps"] = np.zeros((T, B, D * H), dtype)
+        for d, tape in enumerate(tapes):
+            own = out["c_steps"][:, :, d * H : (d + 1) * H]
+            for s, t, rows in reference.walk(T, B, lengths, case.reverse(d), given.mask):
+                own[t, rows] = tape["c"][s + 1, rows]
+    if between is not None:
+        out["dnorms"] = np.stack([grads["norms"] for _, grads in runs], axis=2)
+        for i, name in enumerate(case.states):
+            for k in range(len(between[i])):
+                values = [grads["values"][i][k] for _, grads in runs]
+                out[f"d{name}_values{k}"] = np.concatenate(values, axis=2)
     for d, (_, grads) in enumerate(runs):
         out |= {f"{p}[{d}]": grads[p] for p in PARAMETERS if grads.get(p) is not None}
     for array in out.values():
@@ -284,6 +366,21 @@ def flip(sequence, batch_first):
     out = np.ascontiguousarray(sequence.swapaxes(0, 1)).swapaxes(0, 1)
     out.flags.writeable = sequence.flags.writeable
     return out
+
+
+def times_of(mask):
+    """Times of each row's steps, then those of the others [B, T], as kernels take them."""
+    return None if mask is None else np.argsort(~mask.T, axis=1, kind="stable")
+
+
+def as_kernels(between):
+    """What happens between steps, of a forward call."""
+    if between is None:
+        return None
+    keep, scale = between.keep, 1.0
+    if keep is not None:
+        keep, scale = keep > 0, float(np.max(keep, initial=0))
+    return Between(between.h, between.c, between.hold, keep, scale)
 
 
 def run_kernel(
@@ -324,11 +421,16 @@ def run_kernel(
     h_0, c_0 = states_of(given.state)
     weights = tuple(in_order(case, own) for own in given.weights)
     pack = _kernels.pack(cell.number, weights, _kernels.FORWARD, threads, 0)
+    times, between = times_of(given.mask), as_kernels(given.between)
+    c_steps = received = None
+    if "c" in case.happens and "c" in case.states:
+        c_steps = new(T, B, D * H)
     ran = _kernels.forward(
         pack, x, y, h_0, c_0, h_n, c_n, given.lengths, gates, h_tape, c_tape,
-        case.direction == "reverse", threads, number,
+        case.direction == "reverse", threads, number, times=times, between=between,
+        c_steps=c_steps,
     )  # fmt: skip
-    out = {"y": y, "h_n": h_n, "c_n": c_n}
+    out = {"y": y, "h_n": h_n, "c_n": c_n, "c_steps": c_steps}
     if not tape:
         return {name: a for name, a in out.items() if a is not None}, (ran, None)
 
@@ -346,16 +448,39 @@ def run_kernel(
     wanted = tuple(tuple(grads.get(f"{p}[{d}]") for p in PARAMETERS) for d in range(D))
     if all(array is None for one in wanted for array in one):
         wanted = None
+    if given.between is not None:
+        happens = given.between
+        received = Received(
+            tuple(None if value is None else np.zeros_like(value) for _, value in happens.h),
+            tuple(None if value is None else np.zeros_like(value) for _, value in happens.c),
+            given.dc_steps, happens.clip, happens.clip_norm, np.zeros((T, B, D), case.dtype),
+        )  # fmt: skip
+        grads["dnorms"] = received.norms
+        for name, arrays in zip("hc", (received.h, received.c), strict=True):
+            for k, array in enumerate(arrays):
+                grads[f"d{name}_values{k}"] = array
     pack = _kernels.pack(cell.number, weights, _kernels.BACKWARD, threads, 0)
     ran_back = _kernels.backward(
         pack, x, given.lengths, gates, h_tape, c_tape, dy, dh_n, dc_n,
         grads["dx"], grads["dh_0"], grads.get("dc_0"), wanted,
-        case.direction == "reverse", threads, number,
+        case.direction == "reverse", threads, number, times=times, between=between,
+        received=received,
     )  # fmt: skip
     after = [None if a is None else a.tobytes() for a in (gates, h_tape, c_tape)]
     assert before == after, f"backward wrote the tape: {case}"
     out |= grads | {"tape_gates": gates, "tape_h": h_tape, "tape_c": c_tape}
     return {name: a for name, a in out.items() if a is not None}, (ran, ran_back)
+
+
+def all_gradients(case):
+    """The same, and those by what was set between steps."""
+    given = make_inputs(case)
+    names = gradients(case)
+    if given.between is None:
+        return names
+    for name, settings in zip("hc", given.between[:2], strict=True):
+        names += tuple(f"d{name}_values{k}" for k, (_, v) in enumerate(settings) if v is not None)
+    return (*names, "dnorms")
 
 
 def tape_padding(name, case, lengths):
