@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from . import functional
+from .calls import Clamp
 from .checkpoints import load_torch
 from .config import get_num_threads, isa, set_num_threads, show_config
 from .modules import GRU, LSTM, RNN, Stream, load
@@ -25,6 +26,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Clamp",
     "DamagedFileError",
     "Stream",
     "__version__",

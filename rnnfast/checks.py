@@ -1,8 +1,9 @@
 """Every check of an argument and every error message.
 
-Knows NumPy, shapes and words; nothing of kernels. Leaves allocation and arithmetic to `functional`
-and `modules`, which trust what has passed here. What passes has memory layout as the kernels want
-it: a copy is made where an argument's own layout is of no use to them, and only there.
+Knows NumPy, shapes, what happens between steps, and words; nothing of kernels. Leaves allocation
+and arithmetic to `functional` and `modules`, which trust what has passed here. What passes has
+memory layout as the kernels want it: a copy is made where an argument's own layout is of no use to
+them, and only there.
 
 What passes stays as it was judged: arrays are views of the library's own, lists are copied before
 they are read. For a later argument's `__array__`, another thread or a signal handler may do
@@ -24,6 +25,8 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
+
+from .between import MOST_SETTINGS, Between, spread
 
 ndarray = np.ndarray
 FLOAT32 = np.dtype(np.float32)
@@ -519,6 +522,167 @@ def lengths(name: str, value: Any, T: int, B: int, unbatched: bool) -> ndarray:
         b = int(np.flatnonzero((own < 0) | (own > T))[0])
         fail(ValueError, name, f"{own[b]} in row {b}", needs)
     return own.astype(INTP, copy=False)
+
+
+def mask(
+    name: str, value: Any, lengths: ndarray | None, T: int, B: int, batch_first: bool,
+    unbatched: bool,
+) -> tuple[ndarray | None, ndarray | None]:  # fmt: skip
+    """Which steps there are of each row, bool in x's layout: how many of each row, intp [B], and
+    their times, then those of the others, [B, T]; None and None where none is missing.
+
+    >>> lengths, times = mask("mask", np.array([[True], [False], [True]]), None, 3, 1, False, False)
+    >>> lengths.tolist(), times.tolist()
+    ([2], [[0, 2, 1]])
+    """
+    shape = (T,) if unbatched else (B, T) if batch_first else (T, B)
+    needs = f"bools of shape {shape}"
+    if lengths is not None:
+        fail(ValueError, name, "one beside lengths", "one of both: a mask says it all")
+    if type(value) in (list, tuple):
+        value = np.array(value)
+    value = raw_array(name, value, np.dtype(bool), False, needs)
+    if value.dtype.kind != "b":
+        fail(TypeError, name, describe(value), needs)
+    if value.shape != shape:
+        fail(ValueError, name, f"shape {value.shape}", needs)
+    rows = value.reshape(1, T) if unbatched else value if batch_first else value.T
+    rows = np.array(rows, bool, order="C")  # a copy that nobody else can change
+    if rows.all():
+        return None, None
+    times = np.argsort(~rows, axis=1, kind="stable").astype(INTP, copy=False)
+    return rows.sum(axis=1, dtype=INTP), times
+
+
+def between(
+    name: str, value: Any, T: int, B: int, columns: tuple[int, int], dtype: np.dtype
+) -> Between:
+    """What happens between steps, as kernels take it: fresh views [T, B, columns of h or c].
+
+    Arrays may be of any shape that broadcasts to that. `columns` of c are 0 for a cell without one.
+    """
+    if type(value) is not Between:
+        fail(TypeError, name, describe(value), "a functional.Between")
+
+    def fit(what: str, array: Any, N: int, kind: np.dtype) -> ndarray:
+        needs = f"an array of {kind.name} that broadcasts to {(T, B, N)}"
+        array = raw_array(f"{name}.{what}", array, kind, False, needs)
+        if array.dtype != kind:
+            fail(TypeError, f"{name}.{what}", describe(array), needs)
+        if not array.flags.aligned:
+            array = array.copy()
+        try:
+            return spread(array, T, B, N)
+        except ValueError:
+            fail(ValueError, f"{name}.{what}", f"shape {array.shape}", needs)
+
+    settings = []
+    for letter, given, N in zip("hc", (value.h, value.c), columns, strict=True):
+        if type(given) is not tuple or len(given) > MOST_SETTINGS:
+            needs = f"a tuple of at most {MOST_SETTINGS} pairs (where, value)"
+            fail(ValueError, f"{name}.{letter}", describe(given), needs)
+        if given and not N:
+            fail(ValueError, f"{name}.{letter}", "settings", "none: this cell has no c")
+        own: list[tuple[ndarray, ndarray | None]] = []
+        for i, setting in enumerate(given):
+            if type(setting) is not tuple or len(setting) != 2:
+                needs = "a pair (where, value), the value an array or None"
+                fail(ValueError, f"{name}.{letter}[{i}]", describe(setting), needs)
+            where = fit(f"{letter}[{i}] (where)", setting[0], N, np.dtype(bool))
+            number = setting[1]
+            if number is not None:
+                number = fit(f"{letter}[{i}] (value)", number, N, dtype)
+            own.append((where, number))
+        settings.append(tuple(own))
+    if type(value.hold) is not tuple or len(value.hold) != 2:
+        fail(ValueError, f"{name}.hold", describe(value.hold), "a pair of numbers in [0, 1]")
+    hold = tuple(fraction(f"{name}.hold", one) for one in value.hold)
+    keep = value.keep
+    if keep is not None:
+        keep = fit("keep", keep, columns[0], np.dtype(bool))
+    scale = finite(f"{name}.keep_scale", value.keep_scale, dtype)
+    return Between(settings[0], settings[1], hold, keep, scale)
+
+
+def broadcasts(name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...]) -> ndarray:
+    """An array of a dtype that broadcasts to a shape; a number is one of no axes.
+
+    >>> broadcasts("values", 0.5, FLOAT32, (3, 2, 4))
+    array(0.5, dtype=float32)
+    """
+    needs = f"{dtype.name} numbers that broadcast to {shape}"
+    if type(value) in (int, float, bool, list, tuple):
+        value = np.array(value)
+        if value.dtype.kind in ("b" if dtype.kind == "b" else "iuf"):
+            value = value.astype(dtype)
+    array = raw_array(name, value, dtype, False, needs)
+    if array.dtype != dtype:
+        fail(TypeError, name, describe(array), needs)
+    try:
+        np.broadcast_to(array, shape)
+    except ValueError:
+        fail(ValueError, name, f"shape {array.shape}", needs)
+    return array.copy()  # what was judged; it is small, or was going to be read anyway
+
+
+def indices(name: str, value: Any, n: int) -> ndarray:
+    """Different integers in 0..n-1, as a copy.
+
+    >>> indices("units", [2, 0], 3)
+    array([2, 0])
+    """
+    needs = f"different integers in 0..{n - 1}"
+    if type(value) in (list, tuple, range):
+        value = np.array(value, INTP if len(value) == 0 else None)
+    own = raw_array(name, value, INTP, False, needs).copy()
+    if own.dtype.kind not in "iu" or own.ndim != 1:
+        fail(TypeError, name, describe(own), needs)
+    if len(own) and not (0 <= own.min() and own.max() < n and len(set(own.tolist())) == len(own)):
+        fail(ValueError, name, str(own.tolist()), needs)
+    return own.astype(INTP)
+
+
+def pair_of_fractions(name: str, value: Any, pair: bool) -> tuple[float, float]:
+    """Of a state h and, if there is one, c: a number in [0, 1] for each, or one for both."""
+    if type(value) in (list, tuple):
+        if not pair or len(value) != 2:
+            needs = "a number in [0, 1]" + ", or a pair of such, for h and c" * pair
+            fail(ValueError, name, describe(value), needs)
+        first, second = value
+        return fraction(f"{name}[0]", first), fraction(f"{name}[1]", second)
+    own = fraction(name, value)
+    return own, own if pair else 0.0
+
+
+def all_states(
+    name: str, value: Any, layers: int, shape: Any, columns: tuple[int, int], dtype: np.dtype
+) -> tuple[ndarray | None, ndarray | None]:
+    """Gradients by all states of all layers: a pair, by h and by c, either may be None."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        fail(TypeError, name, describe(value), "a pair (by h, by c), either may be None")
+    own = []
+    for letter, array, n in zip("hc", value, columns, strict=True):
+        if array is not None:
+            if not n:
+                fail(ValueError, f"{name} (by {letter})", "an array", "None: this module has no c")
+            needed = (layers, *shape(n))
+            array = as_array(f"{name} (by {letter})", array, dtype)
+            if array.shape != needed:
+                fail(ValueError, f"{name} (by {letter})", f"shape {array.shape}", f"{needed}")
+            array = _rows(array)
+        own.append(array)
+    return own[0], own[1]
+
+
+def limits(clip: Any, clip_norm: Any, dtype: np.dtype) -> tuple[float, float]:
+    """What gradients are clipped to between steps, by value and by norm; 0 for no limit."""
+    found = []
+    for name, value in (("clip", clip), ("clip_norm", clip_norm)):
+        limit = 0.0 if value is None else finite(name, value, dtype)
+        if value is not None and limit <= 0:
+            fail(ValueError, name, describe(value), "a number above 0, or None")
+        found.append(limit)
+    return found[0], found[1]
 
 
 def output(

@@ -22,15 +22,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _kernels, checks, config
+from .between import Between, Received
 from .cells import CELLS, PARAMETERS, Cell, cell_of
 
 __all__ = [
-    "Gradients", "Tape", "gru_backward", "gru_forward", "gru_step", "lstm_backward", "lstm_forward",
-    "lstm_step", "pack", "rnn_backward", "rnn_forward", "rnn_step",
+    "Between", "Gradients", "Tape", "gru_backward", "gru_forward", "gru_step", "lstm_backward",
+    "lstm_forward", "lstm_step", "pack", "rnn_backward", "rnn_forward", "rnn_step",
 ]  # fmt: skip
 
 FORWARD, BACKWARD = _kernels.FORWARD, _kernels.BACKWARD
 Sequence = np.ndarray | _kernels.Packed  # [T, B, N]
+
+
+class More(NamedTuple):
+    """What most forward calls do without: see `Tape`, and c after each step [T, B, D*H]."""
+
+    times: np.ndarray | None = None
+    between: Between | None = None
+    c_steps: np.ndarray | None = None
+
+
 New = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 TAPES = "full", "light"
 SLICE_BYTES = 1 << 20  # of a light tape's slice at least, once it is computed again
@@ -49,7 +60,9 @@ class Tape:
     - `cell`: name in CELLS
     - `x` [T, B, I], any strides: a view of the input, or of the copy that was made of it. To change
       its numbers before backward is an error of the caller's, and makes wrong gradients
-    - `lengths` [B] intp, or None
+    - `lengths` [B] intp, or None; `times` [B, T] intp, of rows with holes the times of their steps,
+      then those of the holes, or None
+    - `between`: what happened to states between steps, a `between.Between`, or None
     - `gates` [D, T, B, Gt, H], or None if Gt = 0
     - `h` [D, T+1, B, N], slot 0 the initial state; of a light tape [K, D, B, N], and no gates
     - `c` likewise, or None if the cell has no c
@@ -62,13 +75,15 @@ class Tape:
     """
 
     __slots__ = (
-        "batch_first", "c", "cell", "gates", "h", "isa", "lengths", "pack", "plan", "reverse",
-        "steps", "threads", "unbatched", "x",
+        "batch_first", "between", "c", "cell", "gates", "h", "isa", "lengths", "pack", "plan",
+        "reverse", "steps", "threads", "times", "unbatched", "x",
     )  # fmt: skip
 
     cell: str
     x: np.ndarray
     lengths: np.ndarray | None
+    times: np.ndarray | None
+    between: Between | None
     gates: np.ndarray | None
     h: np.ndarray
     c: np.ndarray | None
@@ -105,6 +120,9 @@ class Gradients(NamedTuple):
     - `state`: shaped as the initial state: (dh_0, dc_0) for the LSTM, dh_0 for others
     - `weights`: one for each of the layer's for one direction, a pair of these for two
     - `plan`, `threads`: what ran
+    - `values`: of a call with `between`, for h and for c, by the values of each setting: [T, B,
+      D*N] or [T, B, D*H], zero where nothing was set, or None for a setting without values
+    - `norms` [T, B, D], if asked for: of the gradient by h after each step
     """
 
     x: np.ndarray | None
@@ -112,6 +130,8 @@ class Gradients(NamedTuple):
     weights: tuple
     plan: str
     threads: int
+    values: tuple | None = None
+    norms: np.ndarray | None = None
 
 
 # ----------------------------------------------------------------------- the pair that does it all
@@ -120,33 +140,57 @@ class Gradients(NamedTuple):
 def run_forward(
     packed: Any, x: Sequence, h_0: np.ndarray | None, c_0: np.ndarray | None, y: Sequence,
     h_n: np.ndarray, c_n: np.ndarray | None, lengths: np.ndarray | None, reverse: bool,
-    tape: Tape | None, threads: int,
+    tape: Tape | None, threads: int, more: More | None = None,
 ) -> tuple[str, int]:  # fmt: skip
     """One layer forward into y, h_n, c_n, and into the tape, if there is one. Returns what ran.
 
     x [T, B, I], y [T, B, D*N]: any strides but the last, or packed; states [D, B, N], c [D, B, H];
-    lengths [B] intp. A tape is one that `new_tape` has made for this call.
+    lengths [B] intp; more: what most calls do without. A tape is one that `new_tape` has made for
+    this call.
     """
+    times, between, c_steps = more or (None, None, None)
     if tape is None:
         return _kernels.forward(
             packed, x, y, h_0, c_0, h_n, c_n, lengths, None, None, None,
-            reverse, threads, config.plan,
+            reverse, threads, config.plan, 0, times, between, c_steps,
         )  # fmt: skip
+    tape.times, tape.between = times, between
     if tape.steps:
         T = _longest(lengths, *x.shape[:2])
-        y[T:] = 0
-        x, y = x[:T], y[:T]
+        times, between = _first_of_all(T, times, between)
+        _clear_rest(y, T, times)
+        x, y, c_steps = x[:T], y[:T], None if c_steps is None else c_steps[:T]
     tape.isa = packed.isa
     tape.plan, tape.threads = ran = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, tape.gates, tape.h, tape.c,
-        reverse, threads, config.plan, tape.steps,
+        reverse, threads, config.plan, tape.steps, times, between, c_steps,
     )  # fmt: skip
     return ran
+
+
+# Slices are cut from the end of the longest row, so light tapes go without the steps past it. Where
+# there are holes, a row's steps may lie there all the same: the kernels have only its numbers of
+# times, and find their steps by base and strides.
+
+
+def _first_of_all(
+    T: int, times: np.ndarray | None, between: Between | None
+) -> tuple[np.ndarray | None, Between | None]:
+    """What rows with at most T steps need of both."""
+    if times is None:
+        return None, between and between.first(T)
+    return np.ascontiguousarray(times[:, :T]), between and between.first(T)
+
+
+def _clear_rest(sequence: np.ndarray, T: int, times: np.ndarray | None) -> None:
+    """Zeros where the kernels, given rows of at most T steps, put none."""
+    sequence[T if times is None else 0 :] = 0
 
 
 def run_wavefront(
     packs: list[Any], x: Sequence, ys: list[Sequence], states: list[list],
     lengths: np.ndarray | None, tapes: list[Tape] | None, threads: int, steps: int,
+    times: np.ndarray | None = None,
 ) -> tuple[str, int]:  # fmt: skip
     """A stack of layers forward, side by side in slices of so many steps: see `run_forward`.
 
@@ -157,10 +201,13 @@ def run_wavefront(
         kept = (tapes[layer].gates, tapes[layer].h, tapes[layer].c) if tapes else (None, None, None)
         calls.append((x, y, h_0, c_0, h_n, c_n, *kept))
         x = y
-    ran = _kernels.wavefront(tuple(packs), tuple(calls), lengths, threads, config.plan, steps)
+    ran = _kernels.wavefront(
+        tuple(packs), tuple(calls), lengths, threads, config.plan, steps, times
+    )
     for tape, packed in zip(tapes or (), packs, strict=bool(tapes)):
         tape.plan, tape.threads = ran
         tape.isa = packed.isa
+        tape.times, tape.between = times, None
     return ran
 
 
@@ -178,6 +225,7 @@ def new_tape(
     tape.cell, tape.x, tape.lengths, tape.reverse = cell.name, x, lengths, reverse
     tape.batch_first = tape.unbatched = False
     tape.steps, tape.pack, tape.gates, tape.c = 0, packed, None, None
+    tape.times = tape.between = None
     if packed is None:
         states: tuple[int, ...] = (D, T + 1, B)
         if cell.tape_gates:
@@ -195,7 +243,7 @@ def run_backward(
     packed: Any, tape: Tape, dy: Sequence | None, dh_n: np.ndarray | None,
     dc_n: np.ndarray | None, dx: Sequence | None, dh_0: np.ndarray | None,
     dc_0: np.ndarray | None, grads: tuple | None, threads: int, add_to: tuple | None = None,
-    replace: bool = False,
+    replace: bool = False, received: Received | None = None,
 ) -> tuple[str, int]:  # fmt: skip
     """One layer backward into dx, dh_0, dc_0 and grads (each None where not wanted).
 
@@ -203,14 +251,16 @@ def run_backward(
     gradients are added to that, or replace it, all or none, and grads is scratch. Returns what ran.
     """
     x, gates, h, c, light = tape.x, tape.gates, tape.h, tape.c, None
+    times, between = tape.times, tape.between
     if tape.steps:
         T, B, _ = x.shape
         _, D, _, N = h.shape
         H = N if c is None else c.shape[3]
         T = _longest(tape.lengths, T, B)
-        x, dy = x[:T], None if dy is None else dy[:T]
+        times, between = _first_of_all(T, times, between)
+        x, dy, received = x[:T], None if dy is None else dy[:T], received and received.first(T)
         if dx is not None:
-            dx[T:] = 0
+            _clear_rest(dx, T, times)
             dx = dx[:T]
         # Scratch: the tape of one slice, its last states, and what slices carry to those before.
         steps, tape_gates = min(tape.steps, T), len(CELLS[tape.cell].tape_gates)
@@ -224,7 +274,7 @@ def run_backward(
         light = tape.pack, tape.steps, tape.h, tape.c, h_n, c_n
     return _kernels.backward(
         packed, x, tape.lengths, gates, h, c, dy, dh_n, dc_n, dx, dh_0, dc_0,
-        grads, tape.reverse, threads, config.plan, light, add_to, replace,
+        grads, tape.reverse, threads, config.plan, light, add_to, replace, times, between, received,
     )  # fmt: skip
 
 
@@ -267,6 +317,7 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
         steps, pack, reverse = tape.steps, tape.pack, tape.reverse
         batch_first, unbatched = tape.batch_first, tape.unbatched
         name, plan, threads, isa = tape.cell, tape.plan, tape.threads, tape.isa
+        times, between = tape.times, tape.between
     except AttributeError:  # a tape that was never filled
         checks.fail(ValueError, "tape", *altered)
     if not (type(h) is type(x) is np.ndarray and h.ndim == 4 and x.ndim == 3):
@@ -288,6 +339,16 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
         if right:
             lengths = lengths.copy()
             right = B == 0 or 0 <= lengths.min() <= lengths.max() <= T
+    if times is not None:
+        right = right and lengths is not None and _is(times, (B, T), checks.INTP)
+        if right:
+            times = times.copy()
+            right = times.size == 0 or 0 <= times.min() <= times.max() < T
+    if between is not None:
+        right = right and type(between) is Between
+        if right:
+            columns = D * N, D * H if c is not None else 0
+            between = checks.between("tape", between, T, B, columns, dtype)
     if not light:
         right = right and pack is None and type(steps) is int and steps == 0
     elif right := right and _is_pack_of(pack, cell, sizes, dtype):
@@ -307,6 +368,7 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
     own = Tape()
     own.x, own.h, own.c, own.gates, own.lengths = x, h, c, gates, lengths
     own.steps, own.pack, own.reverse = steps, pack, reverse
+    own.times, own.between = times, between
     own.batch_first, own.unbatched = batch_first, unbatched
     own.cell, own.plan, own.threads, own.isa = cell.name, plan, threads, isa
     return own
@@ -386,7 +448,7 @@ def _dtype(packed: Any) -> np.dtype:
 
 def _forward(
     cell: Cell, x: Any, state: Any, weights: Any, lengths: Any, batch_first: bool, reverse: bool,
-    train: bool, tape: str,
+    train: bool, tape: str, mask: Any = None, between: Any = None,
 ) -> tuple[np.ndarray, Any, Tape | None]:  # fmt: skip
     batch_first = checks.boolean("batch_first", batch_first)
     reverse = checks.boolean("reverse", reverse)
@@ -411,6 +473,18 @@ def _forward(
         h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, (D, B, H), unbatched, P)
     if lengths is not None:
         lengths = checks.lengths("lengths", lengths, T, B, unbatched)
+    more = None
+    if mask is not None or between is not None:
+        times = None
+        if mask is not None:
+            lengths, times = checks.mask("mask", mask, lengths, T, B, batch_first, unbatched)
+        if between is not None:
+            columns = D * N, D * H if pair else 0
+            between = checks.between("between", between, T, B, columns, dtype)
+            if kind and any(between.hold):
+                needs = "(0, 0) with a tape: settings say where states are held in training"
+                checks.fail(ValueError, "between.hold", str(between.hold), needs)
+        more = More(times, between)
 
     y = result = new_sequence(T, B, D * N, dtype, batch_first, unbatched)
     h_n = np.empty((D, B, N), dtype)
@@ -420,7 +494,7 @@ def _forward(
     if kind:
         kept = new_tape(cell, x, D, H, P, lengths, reverse, packed if kind == "light" else None)
         kept.batch_first, kept.unbatched = batch_first, unbatched
-    run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, reverse, kept, config.threads)
+    run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, reverse, kept, config.threads, more)
     if unbatched:
         h_n, c_n = h_n[:, 0], None if c_n is None else c_n[:, 0]
     return result, (h_n, c_n) if pair else h_n, kept
@@ -455,8 +529,9 @@ def as_steps(array: np.ndarray, batch_first: bool, unbatched: bool) -> np.ndarra
 
 
 def _backward(
-    cell: Cell, tape: Tape, weights: Any, dy: Any, dstate: Any, need: Iterable[str]
-) -> Gradients:
+    cell: Cell, tape: Tape, weights: Any, dy: Any, dstate: Any, need: Iterable[str],
+    clip: float | None = None, clip_norm: float | None = None, norms: bool = False,
+) -> Gradients:  # fmt: skip
     packed, raw = _pack(cell, weights, BACKWARD)
     own = "x", "state", *cell.parameters(packed.proj_size > 0)
     needed = _ALL if need is NEEDS else checks.choices("need", need, NEEDS)
@@ -493,9 +568,15 @@ def _backward(
         for d in range(D)
     )
     wanted = grads if needed.intersection(PARAMETERS) else None
+    norms = checks.boolean("norms", norms)
+    received = None
+    if clip is not None or clip_norm is not None or norms or tape.between is not None:
+        limits = checks.limits(clip, clip_norm, dtype)
+        received = receive(tape, D, *limits, np.zeros((T, B, D), dtype) if norms else None)
     plan, threads = run_backward(
-        packed, tape, dy, dh_n, dc_n, dx_steps, dh_0, dc_0, wanted, config.threads
-    )
+        packed, tape, dy, dh_n, dc_n, dx_steps, dh_0, dc_0, wanted, config.threads,
+        received=received,
+    )  # fmt: skip
     dstate_0 = None
     if dh_0 is not None:
         if unbatched:
@@ -503,7 +584,28 @@ def _backward(
         dstate_0 = (dh_0, dc_0) if pair else dh_0
     there = [name in shapes for name in PARAMETERS]
     given = tuple(tuple(compress(own, there)) for own in grads)
-    return Gradients(dx, dstate_0, given if D == 2 else given[0], plan, threads)
+    values = None if tape.between is None else (received.h, received.c)
+    found = received.norms if norms else None
+    return Gradients(dx, dstate_0, given if D == 2 else given[0], plan, threads, values, found)
+
+
+def receive(
+    tape: Tape, D: int, clip: float = 0.0, clip_norm: float = 0.0,
+    norms: np.ndarray | None = None, dc_steps: np.ndarray | None = None,
+) -> Received:  # fmt: skip
+    """What a backward call through a tape takes and gives beside its other gradients, with zeros
+    for the gradients by what was set between steps.
+    """
+    T, B, _ = tape.x.shape
+    dtype, between = tape.x.dtype, tape.between or Between()
+
+    def room(settings: tuple, numbers: int) -> tuple:
+        shape = T, B, D * numbers
+        return tuple(None if value is None else np.zeros(shape, dtype) for _, value in settings)
+
+    h = room(between.h, tape.h.shape[-1])
+    c = () if tape.c is None else room(between.c, tape.c.shape[-1])
+    return Received(h, c, dc_steps, clip, clip_norm, norms)
 
 
 def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
@@ -551,8 +653,8 @@ def gru_cell(reset_after: bool) -> Cell:
 
 def lstm_forward(
     x: Any, state: Any, weights: Any, *, lengths: Any = None, batch_first: bool = False,
-    reverse: bool = False, train: bool = True, tape: str = "full", peephole: bool = False,
-    coupled: bool = False,
+    reverse: bool = False, train: bool = True, tape: str = "full", mask: Any = None,
+    between: Between | None = None, peephole: bool = False, coupled: bool = False,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], Tape | None]:  # fmt: skip
     """A layer of LSTM cells through time (equations: `rnnfast.reference.lstm_step` and its
     variants).
@@ -564,6 +666,9 @@ def lstm_forward(
     peephole: gates see c, through a fifth weight P [3*H], of i, f and o; coupled: the forget gate
     is 1 - i, so that G is 3 (i g o), and P, of i and o, [2*H]. A projection W_hr [P, H], if it is
     the last of the weights, makes h and y of P numbers instead of H; R is [G*H, P] then.
+    mask, instead of lengths: bool in x's layout [T, B], the steps that there are of each row, with
+    holes in the middle too; the states pass over what is missing, and y is zero there. between:
+    what happens to states between steps, see `Between`.
 
     Returns y [T, B, D*H] in the layout of x, zero past a row's length; (h_n, c_n), the states
     after each row's last valid step; and the tape, None without `train`. Raises TypeError,
@@ -576,11 +681,14 @@ def lstm_forward(
     ((3, 2, 1), (1, 2, 1), (1, 3, 2, 4, 1))
     """
     cell = lstm_cell(peephole, coupled)
-    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train, tape)
+    return _forward(
+        cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
+    )
 
 
 def lstm_backward(
     tape: Tape, weights: Any, dy: Any, dstate: Any, *, need: Iterable[str] = NEEDS,
+    clip: float | None = None, clip_norm: float | None = None, norms: bool = False,
     peephole: bool = False, coupled: bool = False,
 ) -> Gradients:  # fmt: skip
     """Gradients through the call of `lstm_forward` that made `tape`, which may be used again.
@@ -588,7 +696,11 @@ def lstm_backward(
     weights: those of the forward call; dy: shaped as y, dstate: (dh_n, dc_n) shaped as the states,
     each may be None for zeros; need: which of "x", "state", "weight_ih", "weight_hh", "bias_ih",
     "bias_hh", "weight_peephole" and "weight_hr" to compute, by default all that there are;
-    peephole, coupled: those of the forward call. Returns `Gradients`. Raises as `lstm_forward`.
+    peephole, coupled: those of the forward call. clip, clip_norm: the gradient by h that later
+    steps send to a step is clipped to [-clip, clip], and then, if its norm over the row's numbers
+    is greater, scaled to clip_norm, before that of y comes in; norms: whether the norms of all of
+    it, step by step, are wanted, to see it explode or vanish. Returns `Gradients`. Raises as
+    `lstm_forward`.
 
     >>> import numpy as np
     >>> weights = np.ones((4, 1)), np.ones((4, 1)), None, None
@@ -597,7 +709,8 @@ def lstm_backward(
     >>> grads.x.shape, grads.weights[0].shape, grads.state
     ((3, 2, 1), (4, 1), None)
     """
-    return _backward(lstm_cell(peephole, coupled), tape, weights, dy, dstate, need)
+    cell = lstm_cell(peephole, coupled)
+    return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
 def lstm_step(
@@ -618,6 +731,7 @@ def lstm_step(
 def rnn_forward(
     x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh", lengths: Any = None,
     batch_first: bool = False, reverse: bool = False, train: bool = True, tape: str = "full",
+    mask: Any = None, between: Between | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
     """A layer of simple recurrent cells, "tanh" or "relu", through time.
 
@@ -631,12 +745,15 @@ def rnn_forward(
     ([[1.0], [3.0], [7.0]], [[7.0]])
     """
     cell = rnn_cell(nonlinearity)
-    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train, tape)
+    return _forward(
+        cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
+    )
 
 
 def rnn_backward(
     tape: Tape, weights: Any, dy: Any, dstate: Any, *, nonlinearity: str = "tanh",
-    need: Iterable[str] = NEEDS,
+    need: Iterable[str] = NEEDS, clip: float | None = None, clip_norm: float | None = None,
+    norms: bool = False,
 ) -> Gradients:  # fmt: skip
     """Gradients through the call of `rnn_forward` that made `tape`; see `lstm_backward`.
 
@@ -647,7 +764,8 @@ def rnn_backward(
     >>> grads.x.tolist(), grads.state.tolist()
     ([[4.0], [2.0], [1.0]], [[8.0]])
     """
-    return _backward(rnn_cell(nonlinearity), tape, weights, dy, dstate, need)
+    cell = rnn_cell(nonlinearity)
+    return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
 def rnn_step(x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh") -> np.ndarray:
@@ -664,6 +782,7 @@ def rnn_step(x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh") ->
 def gru_forward(
     x: Any, state: Any, weights: Any, *, reset_after: bool = True, lengths: Any = None,
     batch_first: bool = False, reverse: bool = False, train: bool = True, tape: str = "full",
+    mask: Any = None, between: Between | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
     """A layer of gated recurrent units through time; the reset gate after the product, or before.
 
@@ -677,12 +796,15 @@ def gru_forward(
     ((2, 4, 1), (1, 4, 1), (1, 2, 4, 4, 1))
     """
     cell = gru_cell(reset_after)
-    return _forward(cell, x, state, weights, lengths, batch_first, reverse, train, tape)
+    return _forward(
+        cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
+    )
 
 
 def gru_backward(
     tape: Tape, weights: Any, dy: Any, dstate: Any, *, reset_after: bool = True,
-    need: Iterable[str] = NEEDS,
+    need: Iterable[str] = NEEDS, clip: float | None = None, clip_norm: float | None = None,
+    norms: bool = False,
 ) -> Gradients:  # fmt: skip
     """Gradients through the call of `gru_forward` that made `tape`; see `lstm_backward`.
 
@@ -692,7 +814,8 @@ def gru_backward(
     >>> gru_backward(tape, weights, np.ones_like(y), None, need="state").state.shape
     (1, 4, 1)
     """
-    return _backward(gru_cell(reset_after), tape, weights, dy, dstate, need)
+    cell = gru_cell(reset_after)
+    return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
 def gru_step(x: Any, state: Any, weights: Any, *, reset_after: bool = True) -> np.ndarray:

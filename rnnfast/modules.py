@@ -16,11 +16,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import _kernels, checks, config, functional, stack, storage
+from . import _kernels, calls, checks, config, functional, stack, storage
+from .calls import Clamped, Extra, Layout, Regular, States
 from .cells import PARAMETERS, Cell
 from .functional import (
     BACKWARD,
     FORWARD,
+    More,
     Tape,
     as_steps,
     new_array,
@@ -41,6 +43,10 @@ from .parameters import (
 )
 from .streams import Stream
 
+LATER: dict[str, Any] = {
+    "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0, "padding": "zeros",
+}  # fmt: skip
+
 
 class StackTape:
     """What a module's `forward_train` saves for `backward`.
@@ -52,14 +58,18 @@ class StackTape:
     It belongs to the module that made it, as do its copies; no other module takes it.
     """
 
-    __slots__ = ("_dropout", "_owner", "isa", "layers", "plan", "threads")
+    __slots__ = ("_clamps", "_dropout", "_held", "_owner", "isa", "layers", "plan", "threads")
 
-    def __init__(self, layers: tuple[Tape, ...], dropout: stack.Dropout, owner: bytes) -> None:
+    def __init__(
+        self, layers: tuple[Tape, ...], dropout: stack.Dropout, owner: bytes,
+        clamps: tuple[Clamped, ...] = (), held: bool = False,
+    ) -> None:  # fmt: skip
         most = layers[0] if len(layers) == 1 else max(layers, key=lambda layer: layer.threads)
         self.layers = layers
         self.plan, self.threads, self.isa = most.plan, most.threads, most.isa
         self._dropout = dropout
         self._owner = owner  # the module's token
+        self._clamps, self._held = clamps, held
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +94,7 @@ class Recurrent:
 
     _file_name: str
     # Arguments that files of older versions lack, and what they mean then.
-    _later: ClassVar[dict[str, Any]] = {}
+    _later: ClassVar[dict[str, Any]] = LATER
 
     @staticmethod
     def _cell_of(arguments: dict[str, Any]) -> Cell:
@@ -114,6 +124,7 @@ class Recurrent:
         self._dropout = arguments["dropout"], arguments["seed"]
         self._dropout_calls = 0
         self._pair = "c" in cell.states
+        self._read_regular()
         # Together, because each attribute costs a small call a hundredth of its time.
         self._fixed = cell, self._pair, dtype, self._batch_first, I, H, P, L, D
 
@@ -138,6 +149,24 @@ class Recurrent:
         self._built = True
 
     _built = False
+
+    def _read_regular(self) -> None:
+        """What all calls do between steps, and with y of steps that there are not."""
+        given = self._arguments
+        p = checks.fraction("recurrent_dropout", given["recurrent_dropout"])
+        variational = checks.boolean("variational", given["variational"])
+        if variational and not p:
+            needs = "False without recurrent_dropout: it says how that is drawn"
+            checks.fail(ValueError, "variational", "True", needs)
+        zoneout = checks.pair_of_fractions("zoneout", given["zoneout"], self._pair)
+        padding = checks.choice("padding", given["padding"], ("zeros", "hold"))
+        given["recurrent_dropout"], given["padding"] = p, padding
+        given["zoneout"] = zoneout if self._pair else zoneout[0]
+        self._holds = padding == "hold"
+        self._regular = None
+        if p or any(zoneout):
+            self._regular = Regular(p, variational, zoneout, given["seed"])
+        self._usual = not self._holds and self._regular is None
 
     def _fill_more(self) -> None:
         """Initial values of a class's own, after the random ones."""
@@ -167,6 +196,12 @@ class Recurrent:
     batch_first = _argument("batch_first", "Whether x and y are [B, T, ...].")
     dropout = _argument("dropout", "Probability of a drop between layers, in `forward_train`.")
     bidirectional = _argument("bidirectional", "Whether D is 2.")
+    recurrent_dropout = _argument(
+        "recurrent_dropout", "Probability with which R does not see a number of h, in training."
+    )
+    variational = _argument("variational", "Whether it is the same for all steps of a call.")
+    zoneout = _argument("zoneout", "Probability that h (and c) stay as they were in a step.")
+    padding = _argument("padding", 'What y is at missing steps: "zeros", or "hold" the last one.')
     dtype = _argument("dtype", "float32 or float64: of parameters, inputs and results.")
     seed = _argument("seed", "Of the initial parameters and of dropout; drawn if none was given.")
 
@@ -297,29 +332,37 @@ class Recurrent:
 
     # ------------------------------------------------------------------------------------ calls
 
-    def __call__(self, x: Any, state: Any = None, lengths: Any = None) -> tuple[np.ndarray, Any]:
+    def __call__(
+        self, x: Any, state: Any = None, lengths: Any = None, *, mask: Any = None,
+        clamp: Any = None, all_states: bool = False,
+    ) -> Any:  # fmt: skip
         """Inference: no tape, no dropout.
 
         x [T, B, I], [B, T, I] with batch_first, or unbatched [T, I]; state: (h_0, c_0) for the
         LSTM, h_0 for others, each [L*D, B, H] ([L*D, H] unbatched), or None for zeros; lengths
-        [B]: the valid steps of each row, in any order, or None.
+        [B]: the valid steps of each row, in any order, or None; mask, instead of lengths: bool [T,
+        B] in x's layout, the steps that there are, with holes in the middle too; clamp: a `Clamp`,
+        or a list of such, of units whose states are given.
 
-        Returns y [T, B, D*H] in the layout of x, zero past a row's length, and the states after
-        each row's last valid step, shaped as `state`. Raises TypeError, ValueError or MemoryError,
-        and KeyboardInterrupt when interrupted.
+        Returns y [T, B, D*H] in the layout of x, zero past a row's length and at missing steps (see
+        padding), and the states after each row's last valid step, shaped as `state`; with
+        all_states, third, the `States` of all layers after each step. Raises TypeError, ValueError
+        or MemoryError, and KeyboardInterrupt when interrupted.
 
         >>> lstm = LSTM(3, 5)
         >>> y, (h_n, c_n) = lstm(np.zeros((7, 2, 3), np.float32))
         >>> y.shape, h_n.shape, c_n.shape
         ((7, 2, 5), (1, 2, 5), (1, 2, 5))
         """
-        y, state_n, _ = self._forward(x, state, lengths, None)
-        return y, state_n
+        y, state_n, _, states = self._forward(x, state, lengths, None, mask, clamp, all_states)
+        return (y, state_n) if states is None else (y, state_n, states)
 
     def forward_train(
-        self, x: Any, state: Any = None, lengths: Any = None, *, tape: str = "full"
-    ) -> tuple[np.ndarray, Any, StackTape]:
-        """As a plain call, with dropout between layers and a tape for `backward`.
+        self, x: Any, state: Any = None, lengths: Any = None, *, tape: str = "full",
+        mask: Any = None, clamp: Any = None, all_states: bool = False,
+    ) -> Any:  # fmt: skip
+        """As a plain call, with dropout and zoneout, and with a tape for `backward`, third; all
+        states, if asked for, are fourth.
 
         The tape holds a view of x, not a copy, unless one had to be made; neither x nor the
         parameters may be changed before `backward`.
@@ -337,11 +380,14 @@ class Recurrent:
         >>> tape.nbytes // 10**5, light.nbytes // 10**5
         (24, 0)
         """
-        return self._forward(x, state, lengths, checks.choice("tape", tape, functional.TAPES))
+        kind = checks.choice("tape", tape, functional.TAPES)
+        made = self._forward(x, state, lengths, kind, mask, clamp, all_states)
+        return made[:3] if made[3] is None else made
 
     def _forward(
-        self, x: Any, state: Any, lengths: Any, kind: str | None
-    ) -> tuple[np.ndarray, Any, StackTape | None]:
+        self, x: Any, state: Any, lengths: Any, kind: str | None, mask: Any, clamp: Any,
+        all_states: bool,
+    ) -> tuple[np.ndarray, Any, StackTape | None, States | None]:  # fmt: skip
         cell, pair, dtype, batch_first, I, H, P, L, D = self._fixed
         x, unbatched = checks.sequence("x", x, dtype, I, batch_first)
         T, B, _ = x.shape
@@ -359,6 +405,13 @@ class Recurrent:
             h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, sizes, unbatched, P)
         if lengths is not None:
             lengths = checks.lengths("lengths", lengths, T, B, unbatched)
+        mores = hs = states = None
+        clamps: tuple[Clamped, ...] = ()
+        if not (self._usual and mask is None and clamp is None and all_states is False):
+            layout = Layout(T, B, batch_first, unbatched)
+            lengths, mores, clamps, states, hs = self._beside(
+                layout, lengths, mask, clamp, all_states, kind is not None
+            )
 
         h_n = np.empty((rows, B, h_size), dtype)
         c_n = np.empty((rows, B, H), dtype) if pair else None
@@ -378,7 +431,10 @@ class Recurrent:
                 light = packed if kind == "light" else None
                 tape = new_tape(cell, x, D, H, P, lengths, False, light)
                 tapes = (tape,)
-            run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, False, tape, threads)
+            more = mores and mores[0]
+            run_forward(packed, x, h_0, c_0, y, h_n, c_n, lengths, False, tape, threads, more)
+            if hs is not None:
+                hs[0] = y
         else:
             if kind:
                 if kind == "light" and not packs:  # a light tape keeps them
@@ -388,32 +444,80 @@ class Recurrent:
                 dropout = stack.Dropout(*self._dropout, call)
             pack = packs.__getitem__ if packs else partial(self._pack, kind=FORWARD)
             stack.forward(
-                cell, pack, L, D, x, h_0, c_0, y, h_n, c_n, lengths, tapes, dropout, threads
-            )
+                cell, pack, L, D, x, h_0, c_0, y, h_n, c_n, lengths, tapes, dropout, threads,
+                mores, hs,
+            )  # fmt: skip
+        if self._holds and lengths is not None:
+            times = mores[0].times if mores else None
+            calls.hold(y, calls.valid_steps(T, B, lengths, times), D)
         if unbatched:
             h_n, c_n = h_n[:, 0], None if c_n is None else c_n[:, 0]
         state_n = h_n if c_n is None else (h_n, c_n)
         if tapes is None:
-            return result, state_n, None
+            return result, state_n, None, states
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
         self._dropout_calls = call + 1
-        return result, state_n, StackTape(tuple(tapes), dropout, self._token)
+        held = self._holds and lengths is not None
+        kept = StackTape(tuple(tapes), dropout, self._token, clamps, held)
+        return result, state_n, kept, states
+
+    def _beside(
+        self, layout: Layout, lengths: Any, mask: Any, clamp: Any, all_states: bool, training: bool
+    ) -> tuple[Any, list[More], tuple[Clamped, ...], States | None, np.ndarray | None]:
+        """What a call does beside the plain one: its lengths; of each layer what most do without;
+        the clamps; and room for all states, as the caller sees it and as layers fill it.
+        """
+        T, B, batch_first, unbatched = layout
+        _, H, P, L, D = self._sizes
+        dtype, N = self._dtype, P or H
+        times = None
+        if mask is not None:
+            lengths, times = checks.mask("mask", mask, lengths, T, B, batch_first, unbatched)
+        betweens, regular = [functional.Between()] * L, self._regular
+        columns = D * N, D * H if self._pair else 0
+        if regular is not None and training:
+            call = self._dropout_calls
+            betweens = [regular.training(layer, call, T, B, *columns) for layer in range(L)]
+        elif regular is not None:
+            betweens = [regular.inference()] * L
+        clamps = []
+        if clamp is not None:
+            several = type(clamp) in (list, tuple)
+            for i, one in enumerate(clamp if several else (clamp,)):
+                name = f"clamp[{i}]" if several else "clamp"
+                clamps.append(calls.add_clamp(name, one, betweens, columns, layout, dtype))
+        states = hs = cs = None
+        if checks.boolean("all_states", all_states):
+            checks.room("x", L * T * B * sum(columns), dtype.itemsize)
+            # What is not written at missing steps is zero.
+            arrays = [np.zeros((L, *layout.shape(n)), dtype) if n else None for n in columns]
+            states = States(*arrays)
+            hs, cs = (None if a is None else layout.by_time(a) for a in arrays)
+        mores = [
+            More(times, between or None, None if cs is None else cs[layer])
+            for layer, between in enumerate(betweens)
+        ]
+        return lengths, mores, tuple(clamps), states, hs
 
     def backward(
         self, tape: StackTape, dy: Any = None, dstate: Any = None, *, need_dx: bool = True,
-        accumulate: bool = True,
-    ) -> tuple[np.ndarray | None, Any]:  # fmt: skip
+        accumulate: bool = True, dstates: Any = None, clip: float | None = None,
+        clip_norm: float | None = None, norms: bool = False,
+    ) -> Any:  # fmt: skip
         """Backpropagation through time along `tape`; adds to `grads`, or replaces them.
 
         dy: gradient of the loss by y, shaped as y; dstate: by the last states, shaped as they
         were; each may be None for zeros. A tape may be used again. accumulate: False gives
         what `zero_grad` and then True would, without clearing and reading all gradients; it is much
-        faster where they are large and T B is small.
+        faster where they are large and T B is small. dstates: gradients by all states, a pair (by
+        h, by c) shaped as `States`, either may be None. clip, clip_norm: what later steps send to
+        the h of a step is clipped to [-clip, clip], and then, where its norm over a row's numbers
+        is greater, scaled to clip_norm; gradients of that step's own y come in afterwards.
 
         Returns dx, shaped as x (None without `need_dx`, which spares a product), and the gradient
-        by the initial states. Raises as a call does; `grads` are then as they were,
-        or, interrupted at the very end, all of them are new.
+        by the initial states; with clamps in the call, or norms, third an `Extra`. Raises as a call
+        does; `grads` are then as they were, or, interrupted at the very end, all of them are new.
 
         >>> lstm = LSTM(3, 5)
         >>> y, _, tape = lstm.forward_train(np.zeros((7, 2, 3), np.float32))
@@ -437,6 +541,24 @@ class Recurrent:
             sizes = (rows, B, H)
             dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched, P)
         checks.room("tape", T * B * (I + 2 * N), dtype.itemsize)
+        layout = Layout(T, B, batch_first, unbatched)
+        if tape._held and dy is not None:
+            valid = calls.valid_steps(T, B, layers[0].lengths, layers[0].times)
+            dy = calls.unhold(dy, valid, D)
+        receiveds = dhs = found = None
+        norms = checks.boolean("norms", norms)
+        happens = any(layer.between is not None for layer in layers)
+        if happens or norms or dstates is not None or (clip, clip_norm) != (None, None):
+            limits, dcs = checks.limits(clip, clip_norm, dtype), None
+            if dstates is not None:
+                columns = N, D * H if pair else 0
+                dhs, dcs = (
+                    None if a is None else layout.by_time(a)
+                    for a in checks.all_states("dstates", dstates, L, layout.shape, columns, dtype)
+                )
+            if norms:
+                found = np.zeros((L, T, B, D), dtype)
+            receiveds = calls.receive_all(layers, D, limits, found, dcs)
 
         # Into a buffer first: an interrupted call leaves the gradients as they are. The kernel of a
         # single layer in one direction takes it there, unless another thread is about to add. The
@@ -454,6 +576,7 @@ class Recurrent:
             stack.backward(
                 pack, layers, D, dy, dh_n, dc_n, dx, dh_0, dc_0, grads, dropout, config.threads,
                 add_to=self._own_grads[0][0] if held else None, replace=not accumulate,
+                receiveds=receiveds, dhs=dhs,
             )  # fmt: skip
         if unbatched:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
@@ -465,7 +588,12 @@ class Recurrent:
                     self._own_flat_grads[...] = fresh
         if not self._scratch:
             self._scratch.append(scratch)
-        return dx_result, dh_0 if dc_0 is None else (dh_0, dc_0)
+        dstate_0 = dh_0 if dc_0 is None else (dh_0, dc_0)
+        if not (tape._clamps or norms):
+            return dx_result, dstate_0
+        clamps = tuple(clamp.gradient(receiveds[clamp.layer]) for clamp in tape._clamps)
+        by_caller = None if found is None else layout.of_caller(found)
+        return dx_result, dstate_0, Extra(clamps, by_caller)
 
     def _adding_lock(self) -> Any:
         """Held by who adds to the gradients. Of this process: a fork leaves none to let it go."""
@@ -563,7 +691,8 @@ class Recurrent:
 DEFAULTS = {
     "num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "dropout": 0.0,
     "bidirectional": False, "proj_size": 0, "peephole": False, "coupled": False,
-    "forget_bias": None, "reset_after": True,
+    "forget_bias": None, "reset_after": True, "recurrent_dropout": 0.0, "variational": False,
+    "padding": "zeros",
 }  # fmt: skip
 
 
@@ -606,13 +735,16 @@ class RNN(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
         bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
-        bidirectional: bool = False, *, dtype: Any = np.float32, seed: int | None = None,
+        bidirectional: bool = False, *, recurrent_dropout: float = 0.0, variational: bool = False,
+        zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
+        seed: int | None = None,
     ) -> None:  # fmt: skip
         self._build(
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers,
                 nonlinearity=nonlinearity, bias=bias, batch_first=batch_first, dropout=dropout,
-                bidirectional=bidirectional, dtype=dtype, seed=seed,
+                bidirectional=bidirectional, recurrent_dropout=recurrent_dropout,
+                variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip
 
@@ -638,20 +770,25 @@ class LSTM(Recurrent):
     """
 
     _file_name = "LSTM"
-    _later: ClassVar[dict[str, Any]] = {"peephole": False, "coupled": False, "forget_bias": None}
+    _later: ClassVar[dict[str, Any]] = {
+        **LATER, "peephole": False, "coupled": False, "forget_bias": None,
+    }  # fmt: skip
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
         proj_size: int = 0, *, peephole: bool = False, coupled: bool = False,
-        forget_bias: float | None = None, dtype: Any = np.float32, seed: int | None = None,
+        forget_bias: float | None = None, recurrent_dropout: float = 0.0,
+        variational: bool = False, zoneout: Any = 0.0, padding: str = "zeros",
+        dtype: Any = np.float32, seed: int | None = None,
     ) -> None:  # fmt: skip
         self._build(
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
                 proj_size=proj_size, peephole=peephole, coupled=coupled, forget_bias=forget_bias,
-                dtype=dtype, seed=seed,
+                recurrent_dropout=recurrent_dropout, variational=variational, zoneout=zoneout,
+                padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip
 
@@ -703,13 +840,16 @@ class GRU(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
-        reset_after: bool = True, dtype: Any = np.float32, seed: int | None = None,
+        reset_after: bool = True, recurrent_dropout: float = 0.0, variational: bool = False,
+        zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
+        seed: int | None = None,
     ) -> None:  # fmt: skip
         self._build(
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
-                reset_after=reset_after, dtype=dtype, seed=seed,
+                reset_after=reset_after, recurrent_dropout=recurrent_dropout,
+                variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip
 

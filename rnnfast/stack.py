@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _kernels, config
+from .between import Received
 from .cells import Cell
 from .functional import (
+    More,
     New,
     Sequence,
     Tape,
@@ -81,20 +83,25 @@ def forward(
     cell: Cell, pack: Packing, L: int, D: int, x: Sequence, h_0: np.ndarray | None,
     c_0: np.ndarray | None, y: Sequence, h_n: np.ndarray, c_n: np.ndarray | None,
     lengths: np.ndarray | None, tapes: list[Tape] | None, dropout: Dropout, threads: int,
+    mores: list[More] | None = None, hs: np.ndarray | None = None,
 ) -> None:  # fmt: skip
     """Layer upon layer, or side by side, from x [T, B, I] to y [T, B, D*N] and the states h_n, c_n.
 
     Tapes are those that `new_tapes` made for this call. Without, what layers hand on is scratch.
+    `mores`: of each layer, what most calls do without; hs [L, T, B, D*N]: for all layers' y.
     """
     if L == 1:  # nothing is handed on, and small calls feel each line of the rest
-        tape = tapes[0] if tapes else None
-        run_forward(pack(0), x, h_0, c_0, y, h_n, c_n, lengths, False, tape, threads)
+        tape, more = tapes[0] if tapes else None, mores[0] if mores else None
+        run_forward(pack(0), x, h_0, c_0, y, h_n, c_n, lengths, False, tape, threads, more)
+        if hs is not None:
+            hs[0] = y
         return
     T, B, I = x.shape
     N = h_n.shape[2]  # of one direction's h
     H = N if c_n is None else c_n.shape[2]
     light = tapes is not None and tapes[0].steps > 0
-    if D == 1 and not light and not dropout.p:  # else layers wait for each other
+    alone = hs is None and (not mores or all(one[1:] == (None, None) for one in mores))
+    if D == 1 and alone and not light and not dropout.p:  # else layers wait for each other
         steps = _kernels.wavefront_steps(
             cell.number, x.dtype.char, T, B, I, H, N if N < H else 0, L, threads, config.plan
         )
@@ -106,7 +113,8 @@ def forward(
                 ys = [new_array((T, B, N), x.dtype) for _ in range(L - 1)]
             states = [own(layer, D, h_0, c_0, h_n, c_n) for layer in range(L)]
             packs = [pack(layer) for layer in range(L)]
-            run_wavefront(packs, x, [*ys, y], states, lengths, tapes, threads, steps)
+            times = mores[0].times if mores else None
+            run_wavefront(packs, x, [*ys, y], states, lengths, tapes, threads, steps, times)
             return
     for layer in range(L):
         tape = tapes[layer] if tapes else None
@@ -116,8 +124,10 @@ def forward(
             handed = new_array((T, B, D * N), x.dtype)
         out = handed if last or not dropout.p else new_array((T, B, D * N), x.dtype)
         h_in, c_in, h_out, c_out = own(layer, D, h_0, c_0, h_n, c_n)
-        packed = pack(layer)
-        run_forward(packed, x, h_in, c_in, out, h_out, c_out, lengths, False, tape, threads)
+        packed, more = pack(layer), mores[layer] if mores else None
+        run_forward(packed, x, h_in, c_in, out, h_out, c_out, lengths, False, tape, threads, more)
+        if hs is not None:
+            hs[layer] = out
         if out is not handed:
             dropout.apply(layer, out, handed, threads)
         x = handed
@@ -128,16 +138,21 @@ def backward(
     dc_n: np.ndarray | None, dx: Sequence | None, dh_0: np.ndarray | None,
     dc_0: np.ndarray | None, grads: list[tuple | None], dropout: Dropout, threads: int,
     lowest: int = 0, add_to: tuple | None = None, replace: bool = False,
+    receiveds: list[Received] | None = None, dhs: np.ndarray | None = None,
 ) -> None:  # fmt: skip
     """From dy down to dx, dh_0, dc_0 and each layer's grads, all as of `run_backward`.
 
     Layers below the lowest, of which nothing is wanted, are not run. `add_to` and `replace` are for
-    a single layer.
+    a single layer. `receiveds`: of each layer, what is beside the other gradients; dhs [L, T, B,
+    D*N]: gradients by all layers' y.
     """
+    if dhs is not None:
+        dy = dhs[-1] if dy is None else dy + dhs[-1]
     if len(tapes) == 1:  # as in forward
         run_backward(
-            pack(0), tapes[0], dy, dh_n, dc_n, dx, dh_0, dc_0, grads[0], threads, add_to, replace
-        )
+            pack(0), tapes[0], dy, dh_n, dc_n, dx, dh_0, dc_0, grads[0], threads, add_to, replace,
+            receiveds and receiveds[0],
+        )  # fmt: skip
         return
     T, B, _ = tapes[-1].x.shape
     N, dtype = tapes[-1].h.shape[-1], tapes[-1].x.dtype
@@ -148,9 +163,11 @@ def backward(
         dh_last, dc_last, dh_first, dc_first = own(layer, D, dh_n, dc_n, dh_0, dc_0)
         run_backward(
             pack(layer), tapes[layer], dy, dh_last, dc_last, below, dh_first, dc_first,
-            grads[layer], threads, add_to, replace,
+            grads[layer], threads, add_to, replace, receiveds and receiveds[layer],
         )  # fmt: skip
         dy = below
         if dropout.p and layer > lowest:  # the mask between this layer and the one below
             dy = new_array(below.shape, dtype)
             dropout.apply(layer - 1, below, dy, threads)
+        if dhs is not None and layer > lowest:
+            dy += dhs[layer - 1]

@@ -54,7 +54,10 @@ class Stream:
         self._states = (h, c)[: len(self._cell.states)]
         packs = tuple(module._kept(FORWARD) or module._pack_all(FORWARD))
         h, c = self._states if "c" in self._cell.states else (self._states[0], None)
-        self._stepper = stepper = _kernels.Stepper(packs, h, c, B, config.threads, config.plan)
+        hold = module._regular.zoneout if module._regular else (0.0, 0.0)
+        self._stepper = stepper = _kernels.Stepper(
+            packs, h, c, B, config.threads, config.plan, *hold
+        )
         self._step = stepper.step
 
     def step(self, x_t: Any, out: np.ndarray | None = None) -> np.ndarray:
