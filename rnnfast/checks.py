@@ -554,6 +554,42 @@ def mask(
     return rows.sum(axis=1, dtype=INTP), times
 
 
+def alone(name: str, others: Mapping[str, Any]) -> None:
+    """An argument that others, None where they are not given, cannot stand beside."""
+    for other, value in others.items():
+        if value is not None:
+            needs = "none of both: their layout is by steps and rows of x, and x has none"
+            fail(ValueError, other, f"one beside {name}", needs)
+
+
+def packed_rows(
+    name: str, x: Any, offsets: Any, dtype: np.dtype, columns: int
+) -> tuple[ndarray, ndarray, ndarray]:
+    """Sequences that lie one after the other: x [all their steps, I], where each begins and, last,
+    where the last one ends. Returns x, the beginnings and the lengths, intp [B].
+
+    >>> x = np.zeros((5, 2), np.float32)
+    >>> _, starts, lengths = packed_rows("x", x, [0, 3, 3, 5], FLOAT32, 2)
+    >>> starts.tolist(), lengths.tolist()
+    ([0, 3, 3], [3, 0, 2])
+    """
+    x = as_array(name, x, dtype)
+    if x.ndim != 2 or x.shape[1] != columns:
+        fail(ValueError, name, f"shape {x.shape}", f"[all steps, I] with I = {columns}")
+    N = len(x)
+    needs = f"integers that ascend from 0 to {N}, the steps of x"
+    if type(offsets) in (list, tuple):
+        offsets = np.array(offsets, INTP if len(offsets) == 0 else None)
+    own = raw_array("offsets", offsets, INTP, False, needs).copy()
+    if own.dtype.kind not in "iu" or own.ndim != 1:
+        fail(TypeError, "offsets", describe(own), needs)
+    own = own.astype(INTP)
+    lengths = np.diff(own)
+    if len(own) == 0 or own[0] != 0 or own[-1] != N or (lengths < 0).any():
+        fail(ValueError, "offsets", _some(map(str, own.tolist())), needs)
+    return _rows(x), own[:-1].copy(), lengths
+
+
 def between(
     name: str, value: Any, T: int, B: int, columns: tuple[int, int], dtype: np.dtype
 ) -> Between:

@@ -159,7 +159,7 @@ def run_forward(
         T = _longest(lengths, *x.shape[:2])
         times, between = _first_of_all(T, times, between)
         _clear_rest(y, T, times)
-        x, y, c_steps = x[:T], y[:T], None if c_steps is None else c_steps[:T]
+        x, y, c_steps = (_cut(sequence, T) for sequence in (x, y, c_steps))
     tape.isa = packed.isa
     tape.plan, tape.threads = ran = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, tape.gates, tape.h, tape.c,
@@ -182,9 +182,16 @@ def _first_of_all(
     return np.ascontiguousarray(times[:, :T]), between and between.first(T)
 
 
-def _clear_rest(sequence: np.ndarray, T: int, times: np.ndarray | None) -> None:
+def _clear_rest(sequence: Sequence, T: int, times: np.ndarray | None) -> None:
     """Zeros where the kernels, given rows of at most T steps, put none."""
-    sequence[T if times is None else 0 :] = 0
+    first = T if times is None else 0
+    if first < sequence.shape[0]:
+        sequence[first:] = 0
+
+
+def _cut(sequence: Sequence | None, T: int) -> Sequence | None:
+    """The first T steps; packed rows have no more."""
+    return sequence if sequence is None or sequence.shape[0] == T else sequence[:T]
 
 
 def run_wavefront(
@@ -258,10 +265,10 @@ def run_backward(
         H = N if c is None else c.shape[3]
         T = _longest(tape.lengths, T, B)
         times, between = _first_of_all(T, times, between)
-        x, dy, received = x[:T], None if dy is None else dy[:T], received and received.first(T)
+        received = received and received.first(T)
         if dx is not None:
             _clear_rest(dx, T, times)
-            dx = dx[:T]
+        x, dy, dx = (_cut(sequence, T) for sequence in (x, dy, dx))
         # Scratch: the tape of one slice, its last states, and what slices carry to those before.
         steps, tape_gates = min(tape.steps, T), len(CELLS[tape.cell].tape_gates)
         new = partial(new_array, dtype=x.dtype)
@@ -314,13 +321,17 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
     altered = "an altered one", "one as forward returned it"
     try:
         x, h, c, gates, lengths = _views(tape.x, tape.h, tape.c, tape.gates, tape.lengths)
+        if packed := type(x) is _kernels.Packed and x.by_rows:
+            rows, starts = _views(x.data, x.starts)
         steps, pack, reverse = tape.steps, tape.pack, tape.reverse
         batch_first, unbatched = tape.batch_first, tape.unbatched
         name, plan, threads, isa = tape.cell, tape.plan, tape.threads, tape.isa
         times, between = tape.times, tape.between
     except AttributeError:  # a tape that was never filled
         checks.fail(ValueError, "tape", *altered)
-    if not (type(h) is type(x) is np.ndarray and h.ndim == 4 and x.ndim == 3):
+    if not (type(h) is np.ndarray and h.ndim == 4):
+        checks.fail(ValueError, "tape", *altered)
+    if not (packed or (type(x) is np.ndarray and x.ndim == 3)):
         checks.fail(ValueError, "tape", *altered)
     if type(name) is not str or name != cell.name:
         got = f"one of cell {checks.describe(name)}"
@@ -339,6 +350,16 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
         if right:
             lengths = lengths.copy()
             right = B == 0 or 0 <= lengths.min() <= lengths.max() <= T
+    if packed:
+        right = right and times is None and lengths is not None and _is(starts, (B,), checks.INTP)
+        right = (
+            right and type(rows) is np.ndarray and rows.ndim == 2 and rows.shape[1] == x.shape[2]
+        )
+        if right:
+            starts = starts.copy()
+            ends = starts + lengths
+            right = B == 0 or (starts.min() >= 0 and ends.max() <= len(rows))
+            x = _kernels.Packed(rows, starts, (T, B, rows.shape[1]), True)
     if times is not None:
         right = right and lengths is not None and _is(times, (B, T), checks.INTP)
         if right:
@@ -360,7 +381,7 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
         and _is(c, (*states, H) if "c" in cell.states else None, dtype)
         and _is(gates, (D, T, B, n_gates, H) if n_gates else None, dtype)
         and x.dtype == dtype
-        and checks.has_rows(x)
+        and checks.has_rows(rows if packed else x)
         and type(reverse) is type(batch_first) is type(unbatched) is bool
         and (B == 1 or not unbatched)
     ):
@@ -519,6 +540,14 @@ def new_sequence(
     if unbatched:
         return new_array((T, N), dtype)
     return new_array((B, T, N) if batch_first else (T, B, N), dtype)
+
+
+def new_like(x: Sequence, N: int, new: New = new_array) -> Sequence:
+    """A fresh sequence of N numbers a step, laid out as x is."""
+    T, B, _ = x.shape
+    if type(x) is _kernels.Packed and x.by_rows:
+        return _kernels.Packed(new((len(x.data), N), x.dtype), x.starts, (T, B, N), True)
+    return new((T, B, N), x.dtype)
 
 
 def as_steps(array: np.ndarray, batch_first: bool, unbatched: bool) -> np.ndarray:

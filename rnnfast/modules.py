@@ -26,6 +26,7 @@ from .functional import (
     Tape,
     as_steps,
     new_array,
+    new_like,
     new_sequence,
     new_tape,
     run_forward,
@@ -334,7 +335,7 @@ class Recurrent:
 
     def __call__(
         self, x: Any, state: Any = None, lengths: Any = None, *, mask: Any = None,
-        clamp: Any = None, all_states: bool = False,
+        clamp: Any = None, all_states: bool = False, offsets: Any = None,
     ) -> Any:  # fmt: skip
         """Inference: no tape, no dropout.
 
@@ -342,7 +343,9 @@ class Recurrent:
         LSTM, h_0 for others, each [L*D, B, H] ([L*D, H] unbatched), or None for zeros; lengths
         [B]: the valid steps of each row, in any order, or None; mask, instead of lengths: bool [T,
         B] in x's layout, the steps that there are, with holes in the middle too; clamp: a `Clamp`,
-        or a list of such, of units whose states are given.
+        or a list of such, of units whose states are given; offsets [B + 1], instead of lengths, for
+        an x [all steps, I] in which the rows of the batch lie one after the other: row b is
+        x[offsets[b] : offsets[b + 1]], and y likewise.
 
         Returns y [T, B, D*H] in the layout of x, zero past a row's length and at missing steps (see
         padding), and the states after each row's last valid step, shaped as `state`; with
@@ -354,12 +357,14 @@ class Recurrent:
         >>> y.shape, h_n.shape, c_n.shape
         ((7, 2, 5), (1, 2, 5), (1, 2, 5))
         """
-        y, state_n, _, states = self._forward(x, state, lengths, None, mask, clamp, all_states)
+        y, state_n, _, states = self._forward(
+            x, state, lengths, None, mask, clamp, all_states, offsets
+        )
         return (y, state_n) if states is None else (y, state_n, states)
 
     def forward_train(
         self, x: Any, state: Any = None, lengths: Any = None, *, tape: str = "full",
-        mask: Any = None, clamp: Any = None, all_states: bool = False,
+        mask: Any = None, clamp: Any = None, all_states: bool = False, offsets: Any = None,
     ) -> Any:  # fmt: skip
         """As a plain call, with dropout and zoneout, and with a tape for `backward`, third; all
         states, if asked for, are fourth.
@@ -381,15 +386,22 @@ class Recurrent:
         (24, 0)
         """
         kind = checks.choice("tape", tape, functional.TAPES)
-        made = self._forward(x, state, lengths, kind, mask, clamp, all_states)
+        made = self._forward(x, state, lengths, kind, mask, clamp, all_states, offsets)
         return made[:3] if made[3] is None else made
 
     def _forward(
         self, x: Any, state: Any, lengths: Any, kind: str | None, mask: Any, clamp: Any,
-        all_states: bool,
+        all_states: bool, offsets: Any,
     ) -> tuple[np.ndarray, Any, StackTape | None, States | None]:  # fmt: skip
         cell, pair, dtype, batch_first, I, H, P, L, D = self._fixed
-        x, unbatched = checks.sequence("x", x, dtype, I, batch_first)
+        if offsets is None:
+            x, unbatched = checks.sequence("x", x, dtype, I, batch_first)
+        else:
+            others = {"lengths": lengths, "mask": mask, "clamp": clamp}
+            checks.alone("offsets", {**others, "all_states": all_states or None})
+            x, starts, lengths = checks.packed_rows("x", x, offsets, dtype, I)
+            sizes = (int(lengths.max(initial=0)), len(lengths), I)
+            x, batch_first, unbatched = _kernels.Packed(x, starts, sizes, True), False, False
         T, B, _ = x.shape
         rows, h_size = L * D, P or H
         N = D * h_size
@@ -403,7 +415,7 @@ class Recurrent:
         if state is not None:
             sizes = (rows, B, H)
             h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, sizes, unbatched, P)
-        if lengths is not None:
+        if lengths is not None and offsets is None:
             lengths = checks.lengths("lengths", lengths, T, B, unbatched)
         mores = hs = states = None
         clamps: tuple[Clamped, ...] = ()
@@ -415,7 +427,10 @@ class Recurrent:
 
         h_n = np.empty((rows, B, h_size), dtype)
         c_n = np.empty((rows, B, H), dtype) if pair else None
-        if batch_first or unbatched:
+        if offsets is not None:
+            y = new_like(x, N)
+            result = y.data
+        elif batch_first or unbatched:
             result = new_sequence(T, B, N, dtype, batch_first, unbatched)
             y = as_steps(result, batch_first, unbatched)
         else:
@@ -447,7 +462,8 @@ class Recurrent:
                 cell, pack, L, D, x, h_0, c_0, y, h_n, c_n, lengths, tapes, dropout, threads,
                 mores, hs,
             )  # fmt: skip
-        if self._holds and lengths is not None:
+        held = self._holds and lengths is not None and offsets is None
+        if held:
             times = mores[0].times if mores else None
             calls.hold(y, calls.valid_steps(T, B, lengths, times), D)
         if unbatched:
@@ -458,7 +474,6 @@ class Recurrent:
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
         self._dropout_calls = call + 1
-        held = self._holds and lengths is not None
         kept = StackTape(tuple(tapes), dropout, self._token, clamps, held)
         return result, state_n, kept, states
 
@@ -531,10 +546,15 @@ class Recurrent:
         dtype, pair = self._dtype, self._pair
         I, H, P, L, D = self._sizes
         batch_first, unbatched = layers[0].batch_first, layers[0].unbatched
-        T, B, _ = layers[0].x.shape
+        x = layers[0].x
+        packed = type(x) is _kernels.Packed
+        T, B, _ = x.shape
         rows, h_size = L * D, P or H
         N = D * h_size
-        if dy is not None:
+        if dy is not None and packed:
+            dy = checks.exact("dy", dy, dtype, (len(x.data), N), "all steps, D*H")
+            dy = _kernels.Packed(dy, x.starts, (T, B, N), True)
+        elif dy is not None:
             dy = checks.gradient("dy", dy, dtype, (T, B, N), batch_first, unbatched)
         dh_n = dc_n = None
         if dstate is not None:
@@ -551,6 +571,8 @@ class Recurrent:
         if happens or norms or dstates is not None or (clip, clip_norm) != (None, None):
             limits, dcs = checks.limits(clip, clip_norm, dtype), None
             if dstates is not None:
+                if packed:
+                    checks.alone("offsets", {"dstates": dstates})
                 columns = N, D * H if pair else 0
                 dhs, dcs = (
                     None if a is None else layout.by_time(a)
@@ -566,12 +588,17 @@ class Recurrent:
         adding = self._adding_lock()
         scratch = self._scratch.pop() if self._scratch else self._new_scratch()
         fresh, grads = scratch
-        dx_result = new_sequence(T, B, I, dtype, batch_first, unbatched) if need_dx else None
+        dx_result = dx = None
+        if need_dx and packed:
+            dx = new_like(x, I)
+            dx_result = dx.data
+        elif need_dx:
+            dx_result = new_sequence(T, B, I, dtype, batch_first, unbatched)
+            dx = as_steps(dx_result, batch_first, unbatched)
         dh_0 = np.empty((rows, B, h_size), dtype)
         dc_0 = np.empty((rows, B, H), dtype) if pair else None
         packs = self._kept(BACKWARD)
         pack = packs.__getitem__ if packs else partial(self._pack, kind=BACKWARD)
-        dx = as_steps(dx_result, batch_first, unbatched) if need_dx else None
         with _kernels.Turn(adding if L == D == 1 else None) as held:
             stack.backward(
                 pack, layers, D, dy, dh_n, dc_n, dx, dh_0, dc_0, grads, dropout, config.threads,

@@ -24,6 +24,7 @@ from .functional import (
     Sequence,
     Tape,
     new_array,
+    new_like,
     new_tape,
     run_backward,
     run_forward,
@@ -45,8 +46,13 @@ class Dropout(NamedTuple):
     seed: int
     call: int
 
-    def apply(self, layer: int, x: np.ndarray, out: np.ndarray, threads: int) -> None:
-        """Drops what lies between a layer and the one above; in backward, of its gradient."""
+    def apply(self, layer: int, x: Sequence, out: Sequence, threads: int) -> None:
+        """Drops what lies between a layer and the one above; in backward, of its gradient.
+
+        Of packed rows, as if they were steps of one row.
+        """
+        if type(x) is _kernels.Packed:
+            x, out = x.data[:, None], out.data[:, None]
         _kernels.dropout(x, out, self.p, self.seed, self.call, layer, threads, config.plan)
 
 
@@ -62,14 +68,13 @@ def new_tapes(
     `new` makes their arrays, and what layers hand to those above, in an order that depends on their
     shapes alone.
     """
-    T, B, _ = x.shape
     new = new or new_array
     tapes = []
     for layer in range(L):
         packed = packs[layer] if packs else None
         tapes.append(new_tape(cell, x, D, H, P, lengths, False, packed, new))
         if layer < L - 1:
-            x = new((T, B, D * (P or H)), x.dtype)
+            x = new_like(x, D * (P or H), new)
     return tapes
 
 
@@ -110,7 +115,7 @@ def forward(
             if tapes:
                 ys = [tape.x for tape in tapes[1:]]
             else:
-                ys = [new_array((T, B, N), x.dtype) for _ in range(L - 1)]
+                ys = [new_like(x, N) for _ in range(L - 1)]
             states = [own(layer, D, h_0, c_0, h_n, c_n) for layer in range(L)]
             packs = [pack(layer) for layer in range(L)]
             times = mores[0].times if mores else None
@@ -121,8 +126,8 @@ def forward(
         last = layer == L - 1
         handed = y if last else tapes[layer + 1].x if tapes else None
         if handed is None:
-            handed = new_array((T, B, D * N), x.dtype)
-        out = handed if last or not dropout.p else new_array((T, B, D * N), x.dtype)
+            handed = new_like(x, D * N)
+        out = handed if last or not dropout.p else new_like(x, D * N)
         h_in, c_in, h_out, c_out = own(layer, D, h_0, c_0, h_n, c_n)
         packed, more = pack(layer), mores[layer] if mores else None
         run_forward(packed, x, h_in, c_in, out, h_out, c_out, lengths, False, tape, threads, more)
@@ -154,12 +159,11 @@ def backward(
             receiveds and receiveds[0],
         )  # fmt: skip
         return
-    T, B, _ = tapes[-1].x.shape
-    N, dtype = tapes[-1].h.shape[-1], tapes[-1].x.dtype
+    x, N = tapes[-1].x, tapes[-1].h.shape[-1]
     for layer in reversed(range(lowest, len(tapes))):
         below = dx if layer == 0 else None
         if layer > lowest:
-            below = new_array((T, B, D * N), dtype)
+            below = new_like(x, D * N)
         dh_last, dc_last, dh_first, dc_first = own(layer, D, dh_n, dc_n, dh_0, dc_0)
         run_backward(
             pack(layer), tapes[layer], dy, dh_last, dc_last, below, dh_first, dc_first,
@@ -167,7 +171,7 @@ def backward(
         )  # fmt: skip
         dy = below
         if dropout.p and layer > lowest:  # the mask between this layer and the one below
-            dy = new_array(below.shape, dtype)
+            dy = new_like(below, D * N)
             dropout.apply(layer - 1, below, dy, threads)
         if dhs is not None and layer > lowest:
             dy += dhs[layer - 1]

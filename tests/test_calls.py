@@ -567,3 +567,99 @@ def test_functional_between():
     tape.times[0, 0] = T
     with pytest.raises(ValueError, match="tape: got an altered one"):
         functional.lstm_backward(tape, weights, y, None)
+
+
+# ------------------------------------------------------------------ rows that lie one after another
+
+
+@pytest.mark.parametrize("tape", ["full", "light"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_rows(cell, tape, choose, monkeypatch):
+    """The same bits as of a padded x with lengths, without the padding."""
+    monkeypatch.setattr(functional, "SLICE_BYTES", 1)
+    rng = np.random.default_rng(12)
+    lengths = np.array([4, 150, 0, 9, 150, 1, 33])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    steps, rows = 150, len(lengths)
+    valid = np.arange(steps) < lengths[:, None]  # [B, T], as packed rows lie
+    x, dy = draw(rng, offsets[-1], I), draw(rng, offsets[-1], 2 * H)
+    padded, dy_padded = np.zeros((rows, steps, I)), np.zeros((rows, steps, 2 * H))
+    padded[valid], dy_padded[valid] = x, dy
+    how = dict(bidirectional=True, recurrent_dropout=0.2, zoneout=0.1, batch_first=True)
+    module, plain = make(cell, **how), make(cell, **how)
+    for threads in (1, 2):
+        choose(threads=threads)
+        for one in (module, plain):
+            one.dropout_calls = 0
+            one.zero_grad()
+        want_y, want_n, kept = plain.forward_train(padded, None, lengths)
+        want_dx, want_0 = plain.backward(kept, dy_padded, want_n)
+        y, last, kept = module.forward_train(x, offsets=offsets, tape=tape)
+        dx, first = module.backward(kept, dy, last)
+        assert_same_bits("y", y, want_y[valid])
+        assert_same_bits("dx", dx, want_dx[valid])
+        for got, want in ((last, want_n), (first, want_0)):
+            for one, other in zip(as_pair(got), as_pair(want), strict=True):
+                if one is not None:
+                    assert_same_bits("state", one, other)
+        assert_same_bits("grads", module.flat_grads, plain.flat_grads)
+        want = plain(padded, None, lengths)[0][valid]
+        assert_same_bits("inference", module(x, offsets=offsets)[0], want)
+
+
+def test_packed_rows_of_layers_side_by_side_with_dropout_and_of_none(choose):
+    lstm = rnnfast.LSTM(8, 16, 3, seed=0, padding="hold")
+    x = np.ones((300, 8), np.float32)
+    want = lstm(x, offsets=[0, 200, 300])[0]
+    choose(plan="wavefront", threads=2)
+    y, _, tape = lstm.forward_train(x, offsets=[0, 200, 300])
+    assert tape.plan == "wavefront"
+    assert_same_bits("y", y, want)
+    drops = rnnfast.LSTM(8, 16, 2, dropout=0.5, dtype=np.float64, seed=0)
+    x = np.random.default_rng(0).standard_normal((30, 8))
+    total = {}
+
+    def loss(x):
+        drops.dropout_calls = 0
+        y, _, total["tape"] = drops.forward_train(x, offsets=[0, 7, 30])
+        return y.sum()
+
+    loss(x)
+    dx, _ = drops.backward(total["tape"], np.ones((30, 16)))
+    step = 1e-6 * np.random.default_rng(1).standard_normal(x.shape)
+    assert abs((loss(x + step) - loss(x - step)) / 2 - (step * dx).sum()) < 1e-12
+    y, (h_n, _), tape = drops.forward_train(np.zeros((0, 8)), offsets=[0])
+    assert y.shape == (0, 16) and h_n.shape == (2, 0, 16)
+    dx, _ = drops.backward(tape, y)
+    assert dx.shape == (0, 8)
+    y, (h_n, _) = drops(np.zeros((0, 8)), offsets=[0, 0])
+    assert y.shape == (0, 16) and not h_n.any()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"offsets": [0, 3]}, r"offsets: got 0, 3; needs integers that ascend from 0 to 7"),
+        ({"offsets": [0, 5, 4, 7]}, "offsets: got 0, 5, 4, 7; needs"),
+        ({"offsets": []}, "offsets: got"),
+        ({"offsets": [0.0, 7.0]}, "offsets: got .*float64"),
+        ({"offsets": [0, 7], "lengths": [7]}, "lengths: got one beside offsets"),
+        ({"offsets": [0, 7], "mask": [True]}, "mask: got one beside offsets"),
+        ({"offsets": [0, 7], "all_states": True}, "all_states: got one beside offsets"),
+        ({"offsets": [0, 7], "clamp": Clamp(0.0)}, "clamp: got one beside offsets"),
+    ],
+)
+def test_bad_offsets(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        rnnfast.GRU(I, H)(np.zeros((T, I), np.float32), **given)
+    with pytest.raises(ValueError, match=r"x: got shape \(7, 1, 3\); needs \[all steps, I\]"):
+        rnnfast.GRU(I, H)(np.zeros((T, 1, I), np.float32), offsets=[0, 7])
+
+
+def test_an_altered_tape_of_packed_rows_is_refused():
+    gru = rnnfast.GRU(I, H)
+    for change in (lambda x: x.starts.__setitem__(1, 5), lambda x: x.starts.__setitem__(0, -1)):
+        y, _, tape = gru.forward_train(np.zeros((T, I), np.float32), offsets=[0, 3, 7])
+        change(tape.layers[0].x)
+        with pytest.raises(ValueError, match="tape: got an altered one"):
+            gru.backward(tape, y)
