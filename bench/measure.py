@@ -37,6 +37,7 @@ import rnnfast
 from .. import reference
 from . import models
 from .figures import summary
+from .happenings import happening
 from .libraries import BANDWIDTH, DROP_IN, OURS, PEAK, Results, library, named
 from .shapes import MODEL_MODES, Shape, problem
 
@@ -84,14 +85,15 @@ def expected(shape: Shape, mode: str, seed: int = SEED) -> Results:
 
     weights = {name: exact(array) for name, array in given.weights.items()}
     state = tuple(map(exact, given.state))
-    y, state_n, tapes = reference.stack_forward(
-        shape.cell, exact(given.x), state, weights, lengths=given.lengths
-    )
+    happens = happening(shape)
+    between = happens.between
+    if between is not None and mode != "training":  # masks are drawn in training alone
+        between = happens.expected or between
+    how = dict(lengths=given.lengths, mask=happens.mask, between=between)
+    y, state_n, tapes = reference.stack_forward(shape.cell, exact(given.x), state, weights, **how)
     if mode != "training":
         return named(y, state_n)
-    grads = reference.stack_backward(
-        shape.cell, tapes, weights, exact(given.dy), None, lengths=given.lengths
-    )
+    grads = reference.stack_backward(shape.cell, tapes, weights, exact(given.dy), None, **how)
     return named(y, state_n, grads.pop("x"), grads.pop("state"), grads)
 
 

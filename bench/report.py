@@ -231,11 +231,14 @@ def _family(title: str, rows: list[Row]) -> Table:
     plain, lines = {}, []
     for row in rows:
         shape = shape_of(row["shape"])
-        if shape == replace(shape, cell="lstm", projection=0) and OURS in row["results"]:
+        if (
+            shape == replace(shape, cell="lstm", projection=0, happens="")
+            and OURS in row["results"]
+        ):
             plain[shape] = row["results"][OURS]
     for row in rows:
         shape = shape_of(row["shape"])
-        lstm = plain.get(replace(shape, cell="lstm", projection=0))
+        lstm = plain.get(replace(shape, cell="lstm", projection=0, happens=""))
         if shape in plain or lstm is None or OURS not in row["results"]:
             continue
         ours, line = row["results"][OURS], [row["shape"]]

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..cells import CELLS, Cell
 from ..parameters import parameter_shapes, size
+from .happenings import HAPPENINGS
 
 # One call is: a pass over the sequence; that and all gradients; T calls, one for each step.
 MODES = ("inference", "training", "stream")
@@ -23,6 +24,7 @@ TRAINING = ("training", "step", "step-compiled")
 VOCABULARY = 96  # of the models: the printable characters of ASCII, and a line's end
 NAME = re.compile(
     r"([a-z_]+)-i(\d+)-h(\d+)(?:-p(\d+))?-b(\d+)-t(\d+)(?:-l(\d+))?(-bi)?(-uneven)?(-float64)?"
+    rf"(?:-({'|'.join(HAPPENINGS)}))?"
 )
 
 
@@ -31,7 +33,8 @@ class Shape:
     """Layers of one cell of the table in `rnnfast.cells`, their sizes and dtype.
 
     uneven: the rows' lengths go from T down to T/4, in random order; projection: what h is
-    projected to, or 0.
+    projected to, or 0; happens: between the steps of one layer in one direction, see
+    `happenings`, or "".
 
     >>> Shape("lstm", T=64, B=32, I=256, H=256).name
     'lstm-i256-h256-b32-t64'
@@ -49,6 +52,7 @@ class Shape:
     uneven: bool = False
     dtype: str = "float32"
     projection: int = 0
+    happens: str = ""
     stands_for: str = field(default="", compare=False)
 
     @property
@@ -62,6 +66,7 @@ class Shape:
             + "-bi" * (self.directions == 2)
             + "-uneven" * self.uneven
             + f"-{self.dtype}" * (self.dtype != "float32")
+            + f"-{self.happens}" * bool(self.happens)
         )
 
     @property
@@ -235,6 +240,10 @@ SUITES: dict[str, Suite] = {
                 for cell, row in CELLS.items()
             ),
             Shape("lstm", 100, 32, 128, 128, projection=64, stands_for="LSTM (proj_size=64)"),
+            *(
+                Shape("lstm", 100, 32, 128, 128, happens=happens, stands_for=f"LSTM ({happens})")
+                for happens in HAPPENINGS
+            ),
         )
     ),
     "torch": Suite(
@@ -261,16 +270,20 @@ def shape_of(name: str) -> Shape:
     sizes = [int(match[i] or 1) for i in (2, 3, 5, 6, 7)] if match else []
     P = int(match[4] or 0) if match else 0
     fits = match and match[1] in CELLS and min(sizes) >= 1
-    if not fits or (match[4] and not (0 < P < sizes[1] and CELLS[match[1]].kind == "LSTM")):
+    alone = fits and not (match[11] and (sizes[-1] > 1 or match[8] or match[9]))
+    if not alone or (match[4] and not (0 < P < sizes[1] and CELLS[match[1]].kind == "LSTM")):
         raise ValueError(
             f"shape: got {name!r}; needs CELL-iI-hH-bB-tT, of an LSTM with -pP after H if it is to "
             "be projected to P below H, and after it, in this order and where wanted, "
-            "-lL -bi -uneven -float64; sizes of at least 1 and a cell of "
+            f"-lL -bi -uneven -float64, or, without the first three, -{' -'.join(HAPPENINGS)}; "
+            "sizes of at least 1 and a cell of "
             f"{', '.join(CELLS)}; such as {SUITES['layers'].shapes[0].name}"
         )
     I, H, B, T, L = sizes
     dtype = "float64" if match[10] else "float32"
-    shape = Shape(match[1], T, B, I, H, L, 2 if match[8] else 1, bool(match[9]), dtype, P)
+    shape = Shape(
+        match[1], T, B, I, H, L, 2 if match[8] else 1, bool(match[9]), dtype, P, match[11] or ""
+    )
     known = (one for suite in SUITES.values() for one in suite.shapes if one == shape)
     return next(known, shape)
 

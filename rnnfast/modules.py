@@ -749,6 +749,14 @@ class RNN(Recurrent):
     np.float32 or np.float64, and seed, an integer for the initial parameters (uniform within
     1/sqrt(H) of zero) and for dropout, or None for one from the system.
 
+    recurrent_dropout: the probability with which the product with R does not see a number of h, in
+    `forward_train`, drawn for each step, or with variational once for all of a call (Gal and
+    Ghahramani, arXiv 1512.05287). zoneout: that with which a number of h keeps its value in a step,
+    for the LSTM also a pair, for h and c (Krueger et al., arXiv 1606.01305); elsewhere it is
+    expected, and each step has this share of the states before. padding: what y is at steps that
+    are missing, "zeros" or "hold", the last one before them in the order of processing (as in
+    Keras), zero if there is none.
+
     The states are one array. Raises TypeError or ValueError for an argument that is not such.
 
     >>> rnn = RNN(3, 5, nonlinearity="relu")

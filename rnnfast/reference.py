@@ -590,12 +590,15 @@ def stack_weights(params, end):
     return weights, params.get("weight_hr" + end)
 
 
-def stack_forward(cell, x, state, params, *, lengths=None, masks=None):
+def stack_forward(
+    cell, x, state, params, *, lengths=None, masks=None, mask=None, between=None
+):  # fmt: skip
     """Layers of one or two directions; a layer's y, its directions side by side, is the next x.
 
     x [T, B, I]; state: the initial states, each [L*D, B, H] (layer by layer, forward direction
     first), or None for zeros; params: name -> array, named as in torch.nn; masks: for dropout, one
-    [T, B, D*H] array for each layer but the last, with which its y is multiplied, or None.
+    [T, B, D*H] array for each layer but the last, with which its y is multiplied, or None; mask and
+    between as in `forward`, the same for all layers and directions.
 
     Returns y [T, B, D*H] of the last layer; the last states, each [L*D, B, H]; and `tapes`, for
     each layer its x and a list of its directions' tapes.
@@ -615,6 +618,7 @@ def stack_forward(cell, x, state, params, *, lengths=None, masks=None):
             first = None if state is None else tuple(s[k * len(ends) + d] for s in state)
             weights, projection = stack_weights(params, end)
             how = dict(lengths=lengths, reverse=d == 1, projection=projection)
+            how |= dict(mask=mask, between=between)
             runs.append(forward(cell, x, first, weights, **how))
         tapes.append((x, [tape for _, _, tape in runs]))
         states += [state_n for _, state_n, _ in runs]
@@ -622,7 +626,9 @@ def stack_forward(cell, x, state, params, *, lengths=None, masks=None):
     return x, tuple(np.stack(s) for s in zip(*states, strict=True)), tapes
 
 
-def stack_backward(cell, tapes, params, dy, dstate, *, lengths=None, masks=None):
+def stack_backward(
+    cell, tapes, params, dy, dstate, *, lengths=None, masks=None, mask=None, between=None
+):  # fmt: skip
     """Gradients of `stack_forward`, from its `tapes` and the gradients by its y and last states.
 
     dy [T, B, D*H] or None, dstate: each [L*D, B, H], or None. Returns a dict: x [T, B, I], state
@@ -645,10 +651,12 @@ def stack_backward(cell, tapes, params, dy, dstate, *, lengths=None, masks=None)
             d_last = None if dstate is None else tuple(s[which] for s in dstate)
             weights, projection = stack_weights(params, end)
             how = dict(lengths=lengths, reverse=d == 1, projection=projection)
+            how |= dict(mask=mask, between=between)
             run = backward(cell, x, layer_tapes[d], weights, dys[d], d_last, **how)
             dy = dy + run.pop("x")
             d_first[which] = run.pop("state")
-            grads |= {name + end: grad for name, grad in run.items() if grad is not None}
+            own = {name: grad for name, grad in run.items() if name not in ("values", "norms")}
+            grads |= {name + end: grad for name, grad in own.items() if grad is not None}
         if k > 0 and masks is not None:
             dy = dy * masks[k - 1]
     states = zip(*(d_first[which] for which in range(len(d_first))), strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...cells import CELLS
+from ..happenings import happening
 from ..shapes import Problem, Shape
 from . import Library, Prepared, named
 
@@ -33,9 +34,10 @@ class Ours(Library):
     def prepare(self, shape: Shape, mode: str, given: Problem) -> Prepared:
         cell = CELLS[shape.cell]
         projection = {"proj_size": shape.projection} if shape.projection else {}
+        happens = happening(shape)
         module = getattr(self.library, cell.kind)(
             shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2,
-            dtype=shape.dtype, **cell.options, **projection,
+            dtype=shape.dtype, **cell.options, **projection, **happens.module,
         )  # fmt: skip
         module.load_state_dict(given.weights)
         x, dy, lengths = given.x, given.dy, given.lengths
@@ -48,8 +50,10 @@ class Ours(Library):
         if mode == "training":
 
             def train() -> tuple:
-                y, state_n, tape = module.forward_train(x, state, lengths)
-                return y, state_n, *module.backward(tape, dy, accumulate=False)
+                module.dropout_calls = 0  # the same masks each time
+                y, state_n, tape, *_ = module.forward_train(x, state, lengths, **happens.call)
+                dx, dstate, *_ = module.backward(tape, dy, accumulate=False, **happens.backward)
+                return y, state_n, dx, dstate
 
             def gradients(value: tuple) -> dict:
                 y, state_n, dx, dstate = value
@@ -66,4 +70,8 @@ class Ours(Library):
                 lambda: [step(x_t) for x_t in steps],
                 lambda ys: named(np.stack(ys), tuple_of(stream.state)),
             )
-        return lambda: module(x, state, lengths), lambda value: named(value[0], tuple_of(value[1]))
+        if happens.backward:
+            raise NotImplementedError("inference has no gradients")
+        return lambda: module(x, state, lengths, **happens.call), lambda value: named(
+            value[0], tuple_of(value[1])
+        )
