@@ -53,7 +53,8 @@ class Packed:
     """A sequence whose rows lie packed: those that run at step 0, those at step 1, and so on.
 
     data [N, width] with rows of any distance; starts intp [T], the rows of data before each step's;
-    shape (T, B, width). Row b is no longer than row b - 1, and not all are equally long. It stands
+    shape (T, B, width). Row b is no longer than row b - 1, and not all are equally long. With
+    by_rows, the steps of row 0, those of row 1, and so on, of any lengths; starts [B]. It stands
     for x, y, dy and dx below, in calls with the lengths of the rows.
     """
 
@@ -61,7 +62,10 @@ class Packed:
     starts: Any
     shape: tuple[int, int, int]
     dtype: Any  # that of data
-    def __init__(self, data: Any, starts: Any, shape: tuple[int, int, int]) -> None: ...
+    by_rows: bool
+    def __init__(
+        self, data: Any, starts: Any, shape: tuple[int, int, int], by_rows: bool = False
+    ) -> None: ...
 
 def panel_steps(pack: Pack, B: int) -> int:
     """A light tape's slices must be multiples of so many steps, to leave backward's bits alone."""
@@ -100,6 +104,9 @@ def forward(
     threads: int,
     plan: int,
     steps: int = 0,  # of a slice, K = max(1, ceil(T / steps)) in all: a light tape; 0: a full one
+    times: Any = None,  # intp [B, T]: of rows with holes those of their steps, then the others
+    between: Any = None,  # a between.Between, or None
+    c_steps: Any = None,  # out [T, B, D*H]: c after each step, or None; not written at others
 ) -> tuple[str, int]:
     """Returns the plan and number of threads that ran. May raise MemoryError, KeyboardInterrupt.
 
@@ -128,6 +135,7 @@ def wavefront(
     threads: int,
     plan: int,
     steps: int,
+    times: Any = None,
 ) -> tuple[str, int]:
     """Layers of one direction side by side: x of each is the y of the one below. Calls are
     (x, y, h_0, c_0, h_n, c_n, gates, h_tape, c_tape); T and B are at least 1."""
@@ -152,6 +160,9 @@ def backward(
     light: tuple[Pack, int, Any, Any, Any, Any] | None = None,
     add_to: tuple[Any, Any, Any, Any] | None = None,
     replace: bool = False,
+    times: Any = None,  # those of forward; so is between
+    between: Any = None,
+    received: Any = None,  # a between.Received, or None
 ) -> tuple[str, int]:
     """Outputs are overwritten, not added to; the tape is never written.
 
@@ -184,7 +195,10 @@ class Stepper:
         batch_size: int,
         threads: int,
         plan: int,
-    ) -> None: ...
+        hold_h: float = 0,
+        hold_c: float = 0,
+    ) -> None:
+        """hold: the shares that h and c keep of what they were, at each step."""
     def step(self, x: Any, out: Any) -> bool:
         """x [B, I] (or [I] if B = 1) to out [B, H] (or [H]).
 
@@ -201,6 +215,18 @@ def dropout(
     x: Any, out: Any, p: float, seed: int, call: int, layer: int, threads: int, plan: int
 ) -> None:
     """out = x * mask / (1 - p), [T, B, N] each; the mask is reference.dropout_mask's."""
+
+def dropout_mask(
+    out: Any,  # bool [T, B, N]
+    opposite: bool,  # what is dropped, instead of what is kept
+    p: float,
+    seed: int,
+    call: int,
+    layer: int,
+    threads: int,
+    plan: int,
+) -> None:
+    """The mask itself."""
 
 def vmath(name: str, x: Any, out: Any) -> None:
     """Elementwise "exp", "tanh" or "sigmoid" of a 1-d array, on the current isa."""
