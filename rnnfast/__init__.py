@@ -17,7 +17,9 @@ from . import functional
 from .calls import Clamp
 from .checkpoints import load_torch
 from .config import get_num_threads, isa, set_num_threads, show_config
-from .modules import GRU, LSTM, RNN, Stream, load
+from .files import load
+from .modules import GRU, LSTM, RNN, Stream
+from .single import GRUCell, LSTMCell, RNNCell
 from .storage import DamagedFileError
 
 __version__ = "0.1.0"
@@ -28,6 +30,9 @@ __all__ = [
     "RNN",
     "Clamp",
     "DamagedFileError",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
     "Stream",
     "__version__",
     "functional",

@@ -420,6 +420,19 @@ def sequence(
     return (array.transpose(1, 0, 2) if batch_first else array), False
 
 
+def step_input(name: str, value: Any, dtype: np.dtype, features: int) -> tuple[ndarray, bool]:
+    """The input of a single step, [B, I] or [I], as [1, B, I], and whether it came unbatched.
+
+    >>> x, unbatched = step_input("x", np.zeros(3), FLOAT64, 3)
+    >>> x.shape, unbatched
+    ((1, 1, 3), True)
+    """
+    array = as_array(name, value, dtype)
+    if array.ndim not in (1, 2) or array.shape[-1] != features:
+        fail(ValueError, name, f"shape {array.shape}", f"[B, I] or [I] with I = {features}")
+    return contiguous(array).reshape(1, -1, features), array.ndim == 1
+
+
 def gradient(
     name: str, value: Any, dtype: np.dtype, sizes: tuple[int, int, int],
     batch_first: bool, unbatched: bool,
@@ -441,6 +454,7 @@ def gradient(
 STATE = "state (h_0)", "state (c_0)"
 DSTATE = "dstate (dh_n)", "dstate (dc_n)"
 STEP_STATE = "state (h)", "state (c)"
+STEP_DSTATE = "dstate (dh)", "dstate (dc)"
 
 
 def states(

@@ -642,14 +642,9 @@ def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
     I, H, P, dtype = packed.input_size, packed.hidden_size, packed.proj_size, _dtype(packed)
     if packed.directions != 1:
         checks.fail(ValueError, "weights", "two directions", "one: a step cannot run backwards")
-    x = checks.as_array("x", x, dtype)
-    unbatched = x.ndim == 1
-    shape = x.shape if x.ndim in (1, 2) else None
-    if shape is None or shape[-1] != I:
-        checks.fail(ValueError, "x", f"shape {x.shape}", f"[B, I] or [I] with I = {I}")
-    B = 1 if unbatched else shape[0]
+    x, unbatched = checks.step_input("x", x, dtype, I)
+    B = x.shape[1]
     checks.room("x", B * (I + H), dtype.itemsize)
-    x = checks.contiguous(x).reshape(1, B, I)
     pair = "c" in cell.states
     h_0 = c_0 = None
     if state is not None:

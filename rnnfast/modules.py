@@ -277,6 +277,12 @@ class Recurrent:
         True
         >>> b.load_state_dict({f"rnn.{name}": a for name, a in a.params.items()}, prefix="rnn.")
         """
+        self._load_state_dict(state_dict, prefix, self._shapes)
+
+    def _load_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """`load_state_dict`, with names of parameters, in their order, as `shapes` has them."""
         if self._packs is not None:
             checks.fail(ValueError, "load_state_dict", "a frozen module", "unfreeze() first")
         if type(prefix) is not str:
@@ -285,8 +291,8 @@ class Recurrent:
             state_dict = checks.named("state_dict", state_dict, prefix)
         # Into a buffer first, in case reading an entry fails or an entry is a view of this module.
         fresh = np.empty_like(self._flat)
-        views = views_of(fresh, self._shapes)
-        arrays = checks.entries("state_dict", state_dict, self._shapes, self.dtype)
+        views = views_of(fresh, shapes)
+        arrays = checks.entries("state_dict", state_dict, shapes, self.dtype)
         for name, array in arrays.items():
             views[name][...] = array
         self._flat[...] = fresh
@@ -669,6 +675,28 @@ class Recurrent:
         arguments = {**self._arguments, "dtype": self._dtype.name}
         return {"arguments": arguments, "dropout_calls": self._dropout_calls}
 
+    @classmethod
+    def _from_file(cls, header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+        """The module of what `save` wrote; KeyError, TypeError or ValueError if it is not such."""
+        arguments = _checked({**cls._later, **header["arguments"]})
+        cell = cls._cell_of(arguments)
+        calls = checks.integer("dropout_calls", header["dropout_calls"], 0)
+        L, D = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
+        P = arguments.get("proj_size", 0)
+        per_direction = len(names_of(cell, P, arguments["bias"]))
+        if len(arrays) != L * D * per_direction:  # before L is used to make as many names
+            needs = f"the {L * D * per_direction} of its module"
+            checks.fail(ValueError, "parameters", f"{len(arrays)} entries", needs)
+        I, H, dtype = arguments["input_size"], arguments["hidden_size"], arguments["dtype"]
+        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"], P)
+        arrays = checks.entries("parameters", arrays, shapes, dtype)
+        module = cls.__new__(cls)
+        module._build(arguments, fill=False)
+        for name, array in arrays.items():
+            module.params[name][...] = array
+        module.dropout_calls = calls
+        return module
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self._header(),
@@ -891,36 +919,3 @@ class GRU(Recurrent):
     @staticmethod
     def _cell_of(arguments: dict[str, Any]) -> Cell:
         return functional.gru_cell(arguments["reset_after"])
-
-
-def load(path: Any) -> RNN | LSTM | GRU:
-    """The module that a file written by `save` holds.
-
-    Runs no code of the file's and reads at most its size. Raises OSError if it cannot be read, and
-    `DamagedFileError`, a ValueError that names path and damage, if it is not such a file.
-    """
-    path = checks.path("path", path)
-    header, arrays = storage.read(path)
-    classes = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU}
-    try:
-        cls = classes[checks.choice("class", header["class"], classes)]
-        arguments = _checked({**cls._later, **header["arguments"]})
-        cell = cls._cell_of(arguments)
-        calls = checks.integer("dropout_calls", header["dropout_calls"], 0)
-        L, D = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
-        P = arguments.get("proj_size", 0)
-        per_direction = len(names_of(cell, P, arguments["bias"]))
-        if len(arrays) != L * D * per_direction:  # before L is used to make as many names
-            needs = f"the {L * D * per_direction} of its module"
-            checks.fail(ValueError, "parameters", f"{len(arrays)} entries", needs)
-        I, H, dtype = arguments["input_size"], arguments["hidden_size"], arguments["dtype"]
-        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"], P)
-        arrays = checks.entries("parameters", arrays, shapes, dtype)
-        module = cls.__new__(cls)
-        module._build(arguments, fill=False)
-    except (KeyError, TypeError, ValueError) as error:
-        storage.damaged(path, f"contents that do not fit ({type(error).__name__}: {error})")
-    for name, array in arrays.items():
-        module.params[name][...] = array
-    module.dropout_calls = calls
-    return module

@@ -598,6 +598,34 @@ def functional_targets():
         )
 
 
+def cell_targets():
+    rng = np.random.default_rng(8)
+    for cls in (rnnfast.RNNCell, rnnfast.LSTMCell, rnnfast.GRUCell):
+        cell, pair = cls(I, H, seed=3), cls is rnnfast.LSTMCell
+
+        def random(*shape):
+            return rng.normal(size=shape).astype(np.float32)
+
+        def run(a, cell=cell, pair=pair):
+            given = (a["h"], a["c"]) if pair else a["h"]
+            wanted = (a["dh"], a["dc"]) if pair else a["dh"]
+            state, tape = cell.forward_train(a["x"], given)
+            cell.zero_grad()
+            dx, d = cell.backward(tape, wanted)
+            return [*(state if pair else (state,)), dx, *(d if pair else (d,)), cell.flat_grads]
+
+        states = {k: random(B, H) for k in ("h", "dh", "c", "dc")[: 4 if pair else 2]}
+        names = {k: (f"state ({k})", "state:", f"dstate ({k})", "dstate:") for k in states}
+        yield Target(
+            cls.__name__,
+            lambda a, run=run: [array.copy() for array in run(a)],
+            {"x": random(B, I), **states},
+            {"x": (0, 1), **dict.fromkeys(states, (0, 1))},
+            {"x": ("x:", "state (h"), **names},
+            optional=() if pair else ("h", "dh"),
+        )
+
+
 def stream_targets():
     rng = np.random.default_rng(7)
     for cls in (rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU):
@@ -1466,7 +1494,8 @@ def entry_cases():
 def table():
     """All cases, in an order that does not change."""
     targets = (
-        *module_targets(), *functional_targets(), *stream_targets(), *parameter_targets()
+        *module_targets(), *functional_targets(), *stream_targets(), *cell_targets(),
+        *parameter_targets(),
     )  # fmt: skip
     for target in targets:
         yield from array_cases(target)
