@@ -23,6 +23,7 @@ from .functional import (
     BACKWARD,
     FORWARD,
     More,
+    Sequence,
     Tape,
     as_steps,
     new_array,
@@ -31,6 +32,7 @@ from .functional import (
     new_tape,
     run_forward,
 )
+from .merges import CONCAT, MERGES
 from .parameters import (
     ENDS,
     Arrays,
@@ -46,6 +48,7 @@ from .streams import Stream
 
 LATER: dict[str, Any] = {
     "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0, "padding": "zeros",
+    "merge": CONCAT,
 }  # fmt: skip
 
 
@@ -59,11 +62,14 @@ class StackTape:
     It belongs to the module that made it, as do its copies; no other module takes it.
     """
 
-    __slots__ = ("_clamps", "_dropout", "_held", "_owner", "isa", "layers", "plan", "threads")
+    __slots__ = (
+        "_both", "_clamps", "_dropout", "_held", "_owner", "isa", "layers", "plan", "threads",
+    )  # fmt: skip
 
     def __init__(
-        self, layers: tuple[Tape, ...], dropout: stack.Dropout, owner: bytes,
-        clamps: tuple[Clamped, ...] = (), held: bool = False,
+        self, layers: tuple[Tape, ...], owner: bytes, dropout: stack.Dropout,
+        clamps: tuple[Clamped, ...], held: bool,
+        both: list[Sequence] | None,
     ) -> None:  # fmt: skip
         most = layers[0] if len(layers) == 1 else max(layers, key=lambda layer: layer.threads)
         self.layers = layers
@@ -71,11 +77,13 @@ class StackTape:
         self._dropout = dropout
         self._owner = owner  # the module's token
         self._clamps, self._held = clamps, held
+        self._both = both  # each layer's y of both directions, where their product was taken
 
     @property
     def nbytes(self) -> int:
         """Bytes of what the tape keeps: the layers' tapes, and the input of all but the first."""
-        between = sum(layer.x.nbytes for layer in self.layers[1:])
+        handed = [layer.x for layer in self.layers[1:]] + (self._both or [])
+        between = sum(stack.numbers(sequence).nbytes for sequence in handed)
         return between + sum(layer.nbytes for layer in self.layers)
 
     def __repr__(self) -> str:
@@ -113,11 +121,11 @@ class Recurrent:
             checks.dropout_acts(arguments["dropout"], arguments["num_layers"], 3)
         I, H, L = arguments["input_size"], arguments["hidden_size"], arguments["num_layers"]
         D, bias = 2 if arguments["bidirectional"] else 1, arguments["bias"]
-        P = arguments.get("proj_size", 0)
+        P, merged = arguments.get("proj_size", 0), arguments["merge"] != CONCAT
         if arguments["seed"] is None:
             arguments["seed"] = int.from_bytes(os.urandom(8), "little") >> 1
         sizes = "input_size, hidden_size, num_layers"
-        checks.room(sizes, module_bytes(cell, I, H, L, D, bias, P), 1)
+        checks.room(sizes, module_bytes(cell, I, H, L, D, bias, P, merged), 1)
         # What every call reads. The public attributes are read-only: the kernels trust sizes.
         self._sizes = I, H, P, L, D
         self._dtype = dtype = arguments["dtype"]
@@ -125,11 +133,15 @@ class Recurrent:
         self._dropout = arguments["dropout"], arguments["seed"]
         self._dropout_calls = 0
         self._pair = "c" in cell.states
+        self._merge = arguments["merge"]
+        self._width = (1 if merged else D) * (P or H)  # of y
         self._read_regular()
-        # Together, because each attribute costs a small call a hundredth of its time.
-        self._fixed = cell, self._pair, dtype, self._batch_first, I, H, P, L, D
+        # Together, because each attribute costs a small call a hundredth of its time. The last says
+        # that a call is one layer's and nothing else.
+        fixed = cell, self._pair, dtype, self._batch_first, I, H, P, L, D
+        self._fixed = *fixed, self._width, L == 1 and not merged
 
-        self._shapes = parameter_shapes(cell, I, H, L, D, bias, P)
+        self._shapes = parameter_shapes(cell, I, H, L, D, bias, P, merged)
         numbers = sum(size(shape) for shape in self._shapes.values())
         self._flat, self._flat_grads = (aligned(numbers, dtype) for _ in range(2))
         self._params = Arrays(views_of(self._flat, self._shapes))
@@ -164,6 +176,9 @@ class Recurrent:
         given["recurrent_dropout"], given["padding"] = p, padding
         given["zoneout"] = zoneout if self._pair else zoneout[0]
         self._holds = padding == "hold"
+        if self._holds and self._merge != CONCAT:
+            needs = "'zeros' with merged directions: each holds another step's, and y has only both"
+            checks.fail(ValueError, "padding", "'hold'", needs)
         self._regular = None
         if p or any(zoneout):
             self._regular = Regular(p, variational, zoneout, given["seed"])
@@ -197,6 +212,7 @@ class Recurrent:
     batch_first = _argument("batch_first", "Whether x and y are [B, T, ...].")
     dropout = _argument("dropout", "Probability of a drop between layers, in `forward_train`.")
     bidirectional = _argument("bidirectional", "Whether D is 2.")
+    merge = _argument("merge", 'How both directions become y: "concat", "sum", "mean" or "mul".')
     recurrent_dropout = _argument(
         "recurrent_dropout", "Probability with which R does not see a number of h, in training."
     )
@@ -208,7 +224,7 @@ class Recurrent:
 
     @property
     def dropout_calls(self) -> int:
-        """Completed calls of `forward_train`; with `seed` it decides the next dropout masks."""
+        """Completed calls of `forward_train`; with `seed` it decides what the next one drops."""
         return self._dropout_calls
 
     @dropout_calls.setter
@@ -343,7 +359,8 @@ class Recurrent:
         self, x: Any, state: Any = None, lengths: Any = None, *, mask: Any = None,
         clamp: Any = None, all_states: bool = False, offsets: Any = None,
     ) -> Any:  # fmt: skip
-        """Inference: no tape, no dropout.
+        """Inference: no tape, and nothing is dropped.
+
 
         x [T, B, I], [B, T, I] with batch_first, or unbatched [T, I]; state: (h_0, c_0) for the
         LSTM, h_0 for others, each [L*D, B, H] ([L*D, H] unbatched), or None for zeros; lengths
@@ -353,10 +370,10 @@ class Recurrent:
         an x [all steps, I] in which the rows of the batch lie one after the other: row b is
         x[offsets[b] : offsets[b + 1]], and y likewise.
 
-        Returns y [T, B, D*H] in the layout of x, zero past a row's length and at missing steps (see
-        padding), and the states after each row's last valid step, shaped as `state`; with
-        all_states, third, the `States` of all layers after each step. Raises TypeError, ValueError
-        or MemoryError, and KeyboardInterrupt when interrupted.
+        Returns y [T, B, D*H] ([T, B, H] of merged directions) in the layout of x, zero past a row's
+        length and at missing steps (see padding), and the states after each row's last valid step,
+        shaped as `state`; with all_states, third, the `States` of all layers after each step.
+        Raises TypeError, ValueError or MemoryError, and KeyboardInterrupt when interrupted.
 
         >>> lstm = LSTM(3, 5)
         >>> y, (h_n, c_n) = lstm(np.zeros((7, 2, 3), np.float32))
@@ -372,8 +389,8 @@ class Recurrent:
         self, x: Any, state: Any = None, lengths: Any = None, *, tape: str = "full",
         mask: Any = None, clamp: Any = None, all_states: bool = False, offsets: Any = None,
     ) -> Any:  # fmt: skip
-        """As a plain call, with dropout and zoneout, and with a tape for `backward`, third; all
-        states, if asked for, are fourth.
+        """As a plain call, with all that drops and holds, and with a tape for `backward`, third;
+        all states, if asked for, are fourth.
 
         The tape holds a view of x, not a copy, unless one had to be made; neither x nor the
         parameters may be changed before `backward`.
@@ -399,7 +416,7 @@ class Recurrent:
         self, x: Any, state: Any, lengths: Any, kind: str | None, mask: Any, clamp: Any,
         all_states: bool, offsets: Any,
     ) -> tuple[np.ndarray, Any, StackTape | None, States | None]:  # fmt: skip
-        cell, pair, dtype, batch_first, I, H, P, L, D = self._fixed
+        cell, pair, dtype, batch_first, I, H, P, L, D, width, single = self._fixed
         if offsets is None:
             x, unbatched = checks.sequence("x", x, dtype, I, batch_first)
         else:
@@ -410,9 +427,9 @@ class Recurrent:
             x, batch_first, unbatched = _kernels.Packed(x, starts, sizes, True), False, False
         T, B, _ = x.shape
         rows, h_size = L * D, P or H
-        N = D * h_size
         # At most 16 numbers a layer: y, its dropped copy, states and gates of the tape, or less.
         if (T + 1) * B * (I + 16 * L * D * H) > checks.SURELY_SMALL:
+            N = D * h_size
             numbers = T * B * (I + 2 * N) + 2 * rows * B * H
             if kind:
                 numbers += L * (functional.tape_numbers(cell, T, B, H, D, kind) + 2 * T * B * N)
@@ -434,18 +451,18 @@ class Recurrent:
         h_n = np.empty((rows, B, h_size), dtype)
         c_n = np.empty((rows, B, H), dtype) if pair else None
         if offsets is not None:
-            y = new_like(x, N)
+            y = new_like(x, width)
             result = y.data
         elif batch_first or unbatched:
-            result = new_sequence(T, B, N, dtype, batch_first, unbatched)
+            result = new_sequence(T, B, width, dtype, batch_first, unbatched)
             y = as_steps(result, batch_first, unbatched)
         else:
-            y = result = new_array((T, B, N), dtype)
+            y = result = new_array((T, B, width), dtype)
         call = self._dropout_calls if kind else 0
         threads = config.threads
         packs = self._packs and self._kept(FORWARD)
-        tapes, dropout = None, stack.NO_DROPOUT
-        if L == 1:  # as `stack` does; the detour is a tenth of a small call
+        tapes, dropout, both = None, stack.NO_DROPOUT, None
+        if single:  # as `stack` does; the detour is a tenth of a small call
             packed = packs[0] if packs else self._pack(0, FORWARD)
             tape = None
             if kind:
@@ -461,12 +478,14 @@ class Recurrent:
                 if kind == "light" and not packs:  # a light tape keeps them
                     packs = self._pack_all(FORWARD)
                 kept = packs if kind == "light" else None
-                tapes = stack.new_tapes(cell, x, H, P, L, D, lengths, kept)
+                merge = self._merge
+                tapes = stack.new_tapes(cell, x, H, P, L, D, lengths, kept, merge=merge)
+                both = stack.new_both(tapes) if merge == "mul" else None
                 dropout = stack.Dropout(*self._dropout, call)
             pack = packs.__getitem__ if packs else partial(self._pack, kind=FORWARD)
             stack.forward(
                 cell, pack, L, D, x, h_0, c_0, y, h_n, c_n, lengths, tapes, dropout, threads,
-                mores, hs,
+                mores, hs, self._merge, both,
             )  # fmt: skip
         held = self._holds and lengths is not None and offsets is None
         if held:
@@ -480,7 +499,7 @@ class Recurrent:
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
         self._dropout_calls = call + 1
-        kept = StackTape(tuple(tapes), dropout, self._token, clamps, held)
+        kept = StackTape(tuple(tapes), self._token, dropout, clamps, held, both)
         return result, state_n, kept, states
 
     def _beside(
@@ -556,17 +575,17 @@ class Recurrent:
         packed = type(x) is _kernels.Packed
         T, B, _ = x.shape
         rows, h_size = L * D, P or H
-        N = D * h_size
+        width = self._width
         if dy is not None and packed:
-            dy = checks.exact("dy", dy, dtype, (len(x.data), N), "all steps, D*H")
-            dy = _kernels.Packed(dy, x.starts, (T, B, N), True)
+            dy = checks.exact("dy", dy, dtype, (len(x.data), width), "all steps, D*H")
+            dy = _kernels.Packed(dy, x.starts, (T, B, width), True)
         elif dy is not None:
-            dy = checks.gradient("dy", dy, dtype, (T, B, N), batch_first, unbatched)
+            dy = checks.gradient("dy", dy, dtype, (T, B, width), batch_first, unbatched)
         dh_n = dc_n = None
         if dstate is not None:
             sizes = (rows, B, H)
             dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched, P)
-        checks.room("tape", T * B * (I + 2 * N), dtype.itemsize)
+        checks.room("tape", T * B * (I + 4 * D * h_size), dtype.itemsize)
         layout = Layout(T, B, batch_first, unbatched)
         if tape._held and dy is not None:
             valid = calls.valid_steps(T, B, layers[0].lengths, layers[0].times)
@@ -579,7 +598,7 @@ class Recurrent:
             if dstates is not None:
                 if packed:
                     checks.alone("offsets", {"dstates": dstates})
-                columns = N, D * H if pair else 0
+                columns = D * h_size, D * H if pair else 0
                 dhs, dcs = (
                     None if a is None else layout.by_time(a)
                     for a in checks.all_states("dstates", dstates, L, layout.shape, columns, dtype)
@@ -609,7 +628,7 @@ class Recurrent:
             stack.backward(
                 pack, layers, D, dy, dh_n, dc_n, dx, dh_0, dc_0, grads, dropout, config.threads,
                 add_to=self._own_grads[0][0] if held else None, replace=not accumulate,
-                receiveds=receiveds, dhs=dhs,
+                receiveds=receiveds, dhs=dhs, merge=self._merge, both=tape._both,
             )  # fmt: skip
         if unbatched:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
@@ -651,7 +670,7 @@ class Recurrent:
         own = []
         for one in layers:
             own.append(functional.own_tape(one, self._cell, (I, H, P, D), self._dtype))
-            I = D * (P or H)
+            I = self._width
         if len({one.x.shape[:2] for one in own}) > 1:
             checks.fail(ValueError, "tape", "an altered one", "one as forward_train returned it")
         if getattr(tape, "_owner", None) != self._token:
@@ -682,13 +701,13 @@ class Recurrent:
         cell = cls._cell_of(arguments)
         calls = checks.integer("dropout_calls", header["dropout_calls"], 0)
         L, D = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
-        P = arguments.get("proj_size", 0)
-        per_direction = len(names_of(cell, P, arguments["bias"]))
-        if len(arrays) != L * D * per_direction:  # before L is used to make as many names
-            needs = f"the {L * D * per_direction} of its module"
+        P, merged = arguments.get("proj_size", 0), arguments["merge"] != CONCAT
+        count = L * D * len(names_of(cell, P, arguments["bias"]))
+        if len(arrays) != count:  # before L is used to make as many names
+            needs = f"the {count} of its module"
             checks.fail(ValueError, "parameters", f"{len(arrays)} entries", needs)
         I, H, dtype = arguments["input_size"], arguments["hidden_size"], arguments["dtype"]
-        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"], P)
+        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"], P, merged)
         arrays = checks.entries("parameters", arrays, shapes, dtype)
         module = cls.__new__(cls)
         module._build(arguments, fill=False)
@@ -746,8 +765,8 @@ class Recurrent:
 DEFAULTS = {
     "num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "dropout": 0.0,
     "bidirectional": False, "proj_size": 0, "peephole": False, "coupled": False,
-    "forget_bias": None, "reset_after": True, "recurrent_dropout": 0.0, "variational": False,
-    "padding": "zeros",
+    "forget_bias": None, "reset_after": True, "merge": CONCAT,
+    "recurrent_dropout": 0.0, "variational": False, "padding": "zeros",
 }  # fmt: skip
 
 
@@ -759,6 +778,10 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in ("bias", "batch_first", "bidirectional"):
         checked[name] = checks.boolean(name, arguments[name])
     checked["dropout"] = checks.fraction("dropout", arguments["dropout"])
+    merge = checked["merge"] = checks.choice("merge", arguments["merge"], MERGES)
+    if merge != CONCAT and not checked["bidirectional"]:
+        needs = "bidirectional=True: of one direction there is nothing to merge"
+        checks.fail(ValueError, "merge", repr(merge), needs)
     checked["dtype"] = checks.float_dtype("dtype", arguments["dtype"])
     if arguments["seed"] is not None:
         checked["seed"] = checks.integer("seed", arguments["seed"], 0, checks.MAX_SEED)
@@ -773,9 +796,13 @@ class RNN(Recurrent):
 
     Arguments as of torch.nn.RNN: input_size and hidden_size, at least 1; num_layers; nonlinearity,
     "tanh" or "relu"; bias; batch_first: x and y are [B, T, ...]; dropout: the probability, in
-    [0, 1], with which `forward_train` drops a number between two layers; bidirectional. Then dtype,
-    np.float32 or np.float64, and seed, an integer for the initial parameters (uniform within
-    1/sqrt(H) of zero) and for dropout, or None for one from the system.
+    [0, 1], with which `forward_train` drops a number between two layers; bidirectional.
+
+    Then merge: how both directions become one y, and so the x of the layer above: side by side
+    ("concat"), or as their "sum", "mean" or product ("mul"), which have H numbers instead of 2 H
+    (Keras's merge_mode, where "mean" is "ave"); states stay apart. dtype: np.float32 or np.float64;
+    seed: an integer for the initial parameters (uniform within 1/sqrt(H) of zero) and for all that
+    is dropped, or None for one from the system.
 
     recurrent_dropout: the probability with which the product with R does not see a number of h, in
     `forward_train`, drawn for each step, or with variational once for all of a call (Gal and
@@ -798,7 +825,8 @@ class RNN(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
         bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
-        bidirectional: bool = False, *, recurrent_dropout: float = 0.0, variational: bool = False,
+        bidirectional: bool = False, *, merge: str = CONCAT,
+        recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
     ) -> None:  # fmt: skip
@@ -806,7 +834,8 @@ class RNN(Recurrent):
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers,
                 nonlinearity=nonlinearity, bias=bias, batch_first=batch_first, dropout=dropout,
-                bidirectional=bidirectional, recurrent_dropout=recurrent_dropout,
+                bidirectional=bidirectional, merge=merge,
+                recurrent_dropout=recurrent_dropout,
                 variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip
@@ -841,15 +870,17 @@ class LSTM(Recurrent):
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
         proj_size: int = 0, *, peephole: bool = False, coupled: bool = False,
-        forget_bias: float | None = None, recurrent_dropout: float = 0.0,
-        variational: bool = False, zoneout: Any = 0.0, padding: str = "zeros",
-        dtype: Any = np.float32, seed: int | None = None,
+        forget_bias: float | None = None, merge: str = CONCAT,
+        recurrent_dropout: float = 0.0, variational: bool = False,
+        zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
+        seed: int | None = None,
     ) -> None:  # fmt: skip
         self._build(
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
                 proj_size=proj_size, peephole=peephole, coupled=coupled, forget_bias=forget_bias,
+                merge=merge,
                 recurrent_dropout=recurrent_dropout, variational=variational, zoneout=zoneout,
                 padding=padding, dtype=dtype, seed=seed,
             )
@@ -903,7 +934,8 @@ class GRU(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
-        reset_after: bool = True, recurrent_dropout: float = 0.0, variational: bool = False,
+        reset_after: bool = True, merge: str = CONCAT,
+        recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
     ) -> None:  # fmt: skip
@@ -911,7 +943,8 @@ class GRU(Recurrent):
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
-                reset_after=reset_after, recurrent_dropout=recurrent_dropout,
+                reset_after=reset_after, merge=merge,
+                recurrent_dropout=recurrent_dropout,
                 variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip

@@ -73,17 +73,20 @@ def names_of(cell: Cell, P: int, bias: bool) -> tuple[str, ...]:
 
 
 def parameter_shapes(
-    cell: Cell, I: int, H: int, L: int, D: int, bias: bool, P: int = 0
-) -> dict[str, tuple[int, ...]]:
+    cell: Cell, I: int, H: int, L: int, D: int, bias: bool, P: int = 0, merged: bool = False,
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
     """Shapes of a stack's parameters; those that PyTorch has, by its names and in its order.
+
+    merged: what a layer of two directions hands to the one above is as wide as one of them.
 
     >>> from rnnfast.cells import CELLS
     >>> parameter_shapes(CELLS["lstm"], 3, 5, 1, 1, False)
     {'weight_ih_l0': (20, 3), 'weight_hh_l0': (20, 5)}
     """
     shapes = {}
+    above = (1 if merged else D) * (P or H)
     for layer in range(L):
-        own = cell.weight_shapes(D * (P or H) if layer else I, H, P)
+        own = cell.weight_shapes(above if layer else I, H, P)
         for end in ENDS[:D]:
             for name in names_of(cell, P, bias):
                 shapes[f"{name}_l{layer}{end}"] = own[name]
@@ -94,11 +97,14 @@ def size(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 1 else shape[0] * shape[1]
 
 
-def module_bytes(cell: Cell, I: int, H: int, L: int, D: int, bias: bool, P: int) -> int:
+def module_bytes(
+    cell: Cell, I: int, H: int, L: int, D: int, bias: bool, P: int, merged: bool = False,
+) -> int:  # fmt: skip
     """Bytes, at least, that a module will take; by formula, as L may be anything yet."""
     rows = len(cell.gates) * H
     per_direction = rows * ((P or H) + 2 * bias) + (len(cell.peepholes) + P) * H
-    numbers = D * (L * per_direction + rows * I + (L - 1) * rows * D * (P or H))
+    above = (1 if merged else D) * (P or H)
+    numbers = D * (L * per_direction + rows * I + (L - 1) * rows * above)
     views = 6 * 100 * L * D * len(names_of(cell, P, bias))  # three of each parameter and gradient
     return 2 * 8 * numbers + views
 

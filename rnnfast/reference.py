@@ -590,18 +590,42 @@ def stack_weights(params, end):
     return weights, params.get("weight_hr" + end)
 
 
+def merge(kind, ys):
+    """One y [T, B, Y] of a layer's directions' [T, B, H]: side by side, or number by number.
+
+    "concat", Y = D*H, or "sum", "mean" (Keras's "ave") and "mul", Y = H. Keras's Bidirectional.
+
+    >>> ys = [np.array([1.0]), np.array([4.0])]
+    >>> [merge(kind, ys).tolist() for kind in ("sum", "mean", "mul")]
+    [[5.0], [2.5], [4.0]]
+    """
+    if kind == "concat":
+        return np.concatenate(ys, axis=2)
+    ahead, back = ys
+    return {"sum": ahead + back, "mean": (ahead + back) / 2, "mul": ahead * back}[kind]
+
+
+def merge_backward(kind, dy, ys):
+    """The gradients by the directions' ys from that by the merged one."""
+    if kind == "concat":
+        return np.split(dy, len(ys), axis=2)
+    ahead, back = ys
+    return {"sum": [dy, dy], "mean": [dy / 2, dy / 2], "mul": [dy * back, dy * ahead]}[kind]
+
+
 def stack_forward(
-    cell, x, state, params, *, lengths=None, masks=None, mask=None, between=None
+    cell, x, state, params, *, lengths=None, masks=None, mask=None, between=None, merging="concat"
 ):  # fmt: skip
-    """Layers of one or two directions; a layer's y, its directions side by side, is the next x.
+    """Layers of one or two directions; a layer's y, its directions merged, is the next x.
 
     x [T, B, I]; state: the initial states, each [L*D, B, H] (layer by layer, forward direction
     first), or None for zeros; params: name -> array, named as in torch.nn; masks: for dropout, one
-    [T, B, D*H] array for each layer but the last, with which its y is multiplied, or None; mask and
-    between as in `forward`, the same for all layers and directions.
+    [T, B, Y] array for each layer but the last, with which its y is multiplied, or None; mask and
+    between as in `forward`, the same for all layers and directions; merging: how directions become
+    one y, see `merge`.
 
-    Returns y [T, B, D*H] of the last layer; the last states, each [L*D, B, H]; and `tapes`, for
-    each layer its x and a list of its directions' tapes.
+    Returns y [T, B, Y] of the last layer; the last states, each [L*D, B, H]; and `tapes`, for
+    each layer its x, a list of its directions' tapes, and one of their ys.
 
     >>> one = {"weight_ih_l0": np.eye(1), "weight_hh_l0": np.eye(1)}
     >>> two = one | {"weight_ih_l1": np.eye(1), "weight_hh_l1": np.eye(1)}
@@ -620,18 +644,20 @@ def stack_forward(
             how = dict(lengths=lengths, reverse=d == 1, projection=projection)
             how |= dict(mask=mask, between=between)
             runs.append(forward(cell, x, first, weights, **how))
-        tapes.append((x, [tape for _, _, tape in runs]))
+        ys = [y for y, _, _ in runs]
+        tapes.append((x, [tape for _, _, tape in runs], ys))
         states += [state_n for _, state_n, _ in runs]
-        x = np.concatenate([y for y, _, _ in runs], axis=2)
+        x = merge(merging, ys)
     return x, tuple(np.stack(s) for s in zip(*states, strict=True)), tapes
 
 
 def stack_backward(
-    cell, tapes, params, dy, dstate, *, lengths=None, masks=None, mask=None, between=None
+    cell, tapes, params, dy, dstate, *, lengths=None, masks=None, mask=None, between=None,
+    merging="concat",
 ):  # fmt: skip
     """Gradients of `stack_forward`, from its `tapes` and the gradients by its y and last states.
 
-    dy [T, B, D*H] or None, dstate: each [L*D, B, H], or None. Returns a dict: x [T, B, I], state
+    dy [T, B, Y] or None, dstate: each [L*D, B, H], or None. Returns a dict: x [T, B, I], state
     (a tuple of [L*D, B, H]) and one entry for each parameter, by its name.
 
     >>> params = {"weight_ih_l0": np.eye(1), "weight_hh_l0": np.eye(1)}
@@ -643,8 +669,8 @@ def stack_backward(
     names = stack_names(params)
     grads, d_first = {}, {}
     for k, ends in reversed(list(enumerate(names))):
-        x, layer_tapes = tapes[k]
-        dys = [None] * len(ends) if dy is None else np.split(dy, len(ends), axis=2)
+        x, layer_tapes, ys = tapes[k]
+        dys = [None] * len(ends) if dy is None else merge_backward(merging, dy, ys)
         dy = 0
         for d, end in enumerate(ends):
             which = k * len(ends) + d

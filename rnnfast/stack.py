@@ -1,11 +1,11 @@
 """A stack of layers through time: what one layer hands to the next, and dropout in between.
 
-Knows the work of one layer (`functional`'s pair that does it all) and the wavefront; no parameters,
-no module and no checks: it trusts its arguments. Whose weights are packed, and when, its callers
-know: `pack(layer)` gives one layer's pack.
+Knows the work of one layer (`functional`'s pair that does it all), the wavefront, and how two
+directions are merged; no parameters, no module and no checks: it trusts its arguments. Whose
+weights are packed, and when, its callers know: `pack(layer)` gives one layer's pack.
 
 T steps, B batch, H hidden size, P projection size or 0, N numbers of h (P or H), L layers, D
-directions.
+directions, Y numbers of a layer's y: D*N, or N of merged directions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from .functional import (
     run_forward,
     run_wavefront,
 )
+from .merges import CONCAT, merge_backward
+from .merges import merge as merge_directions
 
 Packing = Callable[[int], Any]
 
@@ -61,7 +63,7 @@ NO_DROPOUT = Dropout(0.0, 0, 0)
 
 def new_tapes(
     cell: Cell, x: Sequence, H: int, P: int, L: int, D: int, lengths: np.ndarray | None,
-    packs: list[Any] | None = None, new: New | None = None,
+    packs: list[Any] | None = None, new: New | None = None, merge: str = CONCAT,
 ) -> list[Tape]:  # fmt: skip
     """Tapes for a call with x, one for each layer; light ones if the call's packs are given.
 
@@ -74,8 +76,18 @@ def new_tapes(
         packed = packs[layer] if packs else None
         tapes.append(new_tape(cell, x, D, H, P, lengths, False, packed, new))
         if layer < L - 1:
-            x = new_like(x, D * (P or H), new)
+            x = new_like(x, (P or H) * (D if merge == CONCAT else 1), new)
     return tapes
+
+
+def new_both(tapes: list[Tape]) -> list[Sequence]:
+    """Where forward leaves each layer's y of both directions, for a merge that backward asks."""
+    return [new_like(tape.x, 2 * tape.h.shape[3]) for tape in tapes]
+
+
+def numbers(sequence: Sequence) -> np.ndarray:
+    """The array [..., N] that a sequence's numbers lie in."""
+    return sequence.data if type(sequence) is _kernels.Packed else sequence
 
 
 def own(layer: int, D: int, *states: np.ndarray | None) -> list[np.ndarray | None]:
@@ -88,14 +100,17 @@ def forward(
     cell: Cell, pack: Packing, L: int, D: int, x: Sequence, h_0: np.ndarray | None,
     c_0: np.ndarray | None, y: Sequence, h_n: np.ndarray, c_n: np.ndarray | None,
     lengths: np.ndarray | None, tapes: list[Tape] | None, dropout: Dropout, threads: int,
-    mores: list[More] | None = None, hs: np.ndarray | None = None,
+    mores: list[More] | None = None, hs: np.ndarray | None = None, merge: str = CONCAT,
+    both: list[Sequence] | None = None,
 ) -> None:  # fmt: skip
-    """Layer upon layer, or side by side, from x [T, B, I] to y [T, B, D*N] and the states h_n, c_n.
+    """Layer upon layer, or side by side, from x [T, B, I] to y [T, B, Y] and the states h_n, c_n.
 
-    Tapes are those that `new_tapes` made for this call. Without, what layers hand on is scratch.
-    `mores`: of each layer, what most calls do without; hs [L, T, B, D*N]: for all layers' y.
+    Tapes are those that `new_tapes` made for this call, both what `new_both` made. Without, what
+    layers hand on is scratch, and so is what is merged. `mores`: of each layer, what most calls do
+    without; hs [L, T, B, D*N]: for all layers' h.
     """
-    if L == 1:  # nothing is handed on, and small calls feel each line of the rest
+    # Where nothing is handed on; small calls feel each line of the rest.
+    if L == 1 and merge == CONCAT:
         tape, more = tapes[0] if tapes else None, mores[0] if mores else None
         run_forward(pack(0), x, h_0, c_0, y, h_n, c_n, lengths, False, tape, threads, more)
         if hs is not None:
@@ -104,6 +119,7 @@ def forward(
     T, B, I = x.shape
     N = h_n.shape[2]  # of one direction's h
     H = N if c_n is None else c_n.shape[2]
+    Y = D * N if merge == CONCAT else N
     light = tapes is not None and tapes[0].steps > 0
     alone = hs is None and (not mores or all(one[1:] == (None, None) for one in mores))
     if D == 1 and alone and not light and not dropout.p:  # else layers wait for each other
@@ -126,13 +142,18 @@ def forward(
         last = layer == L - 1
         handed = y if last else tapes[layer + 1].x if tapes else None
         if handed is None:
-            handed = new_like(x, D * N)
-        out = handed if last or not dropout.p else new_like(x, D * N)
+            handed = new_like(x, Y)
+        out = handed if last or not dropout.p else new_like(x, Y)
+        made = out
+        if merge != CONCAT:
+            made = both[layer] if both else new_like(x, D * N)
         h_in, c_in, h_out, c_out = own(layer, D, h_0, c_0, h_n, c_n)
         packed, more = pack(layer), mores[layer] if mores else None
-        run_forward(packed, x, h_in, c_in, out, h_out, c_out, lengths, False, tape, threads, more)
+        run_forward(packed, x, h_in, c_in, made, h_out, c_out, lengths, False, tape, threads, more)
         if hs is not None:
-            hs[layer] = out
+            hs[layer] = made
+        if made is not out:
+            merge_directions(merge, numbers(made), numbers(out))
         if out is not handed:
             dropout.apply(layer, out, handed, threads)
         x = handed
@@ -143,27 +164,36 @@ def backward(
     dc_n: np.ndarray | None, dx: Sequence | None, dh_0: np.ndarray | None,
     dc_0: np.ndarray | None, grads: list[tuple | None], dropout: Dropout, threads: int,
     lowest: int = 0, add_to: tuple | None = None, replace: bool = False,
-    receiveds: list[Received] | None = None, dhs: np.ndarray | None = None,
+    receiveds: list[Received] | None = None, dhs: np.ndarray | None = None, merge: str = CONCAT,
+    both: list[Sequence] | None = None,
 ) -> None:  # fmt: skip
     """From dy down to dx, dh_0, dc_0 and each layer's grads, all as of `run_backward`.
 
     Layers below the lowest, of which nothing is wanted, are not run. `add_to` and `replace` are for
-    a single layer. `receiveds`: of each layer, what is beside the other gradients; dhs [L, T, B,
-    D*N]: gradients by all layers' y.
+    a single layer in one direction. `receiveds`: of each layer, what is beside the other gradients;
+    dhs [L, T, B, D*N]: gradients by all layers' h; both: what forward has left there.
     """
-    if dhs is not None:
-        dy = dhs[-1] if dy is None else dy + dhs[-1]
-    if len(tapes) == 1:  # as in forward
+    if len(tapes) == 1 and merge == CONCAT:  # as in forward
+        if dhs is not None:
+            dy = dhs[0] if dy is None else dy + dhs[0]
         run_backward(
             pack(0), tapes[0], dy, dh_n, dc_n, dx, dh_0, dc_0, grads[0], threads, add_to, replace,
             receiveds and receiveds[0],
         )  # fmt: skip
         return
     x, N = tapes[-1].x, tapes[-1].h.shape[-1]
+    Y = D * N if merge == CONCAT else N
     for layer in reversed(range(lowest, len(tapes))):
         below = dx if layer == 0 else None
         if layer > lowest:
-            below = new_like(x, D * N)
+            below = new_like(x, Y)
+        if merge != CONCAT and dy is not None:
+            d_both = new_like(x, D * N)
+            was = numbers(both[layer]) if both else None
+            merge_backward(merge, numbers(dy), was, numbers(d_both))
+            dy = d_both
+        if dhs is not None:
+            dy = dhs[layer] if dy is None else dy + dhs[layer]
         dh_last, dc_last, dh_first, dc_first = own(layer, D, dh_n, dc_n, dh_0, dc_0)
         run_backward(
             pack(layer), tapes[layer], dy, dh_last, dc_last, below, dh_first, dc_first,
@@ -171,7 +201,5 @@ def backward(
         )  # fmt: skip
         dy = below
         if dropout.p and layer > lowest:  # the mask between this layer and the one below
-            dy = new_like(below, D * N)
+            dy = new_like(below, Y)
             dropout.apply(layer - 1, below, dy, threads)
-        if dhs is not None and layer > lowest:
-            dy += dhs[layer - 1]

@@ -12,6 +12,7 @@ from tolerances import COMPLEX_STEP, relative_error
 
 from rnnfast import reference
 from rnnfast.cells import CELLS
+from rnnfast.merges import MERGES
 
 T, B, I, H = 4, 3, 2, 3
 STEP = 1e-30
@@ -311,12 +312,12 @@ def test_activations_at_the_ends():
 # --------------------------------------------------------------------------------------- stacks
 
 
-def make_stack(cell, L, D, *, bias, rng):
+def make_stack(cell, L, D, *, bias, rng, merging="concat"):
     """Parameters of a stack, named as in torch.nn."""
-    params = {}
+    params, width = {}, H * (D if merging == "concat" else 1)
     for k in range(L):
         for end in ["", "_reverse"][:D]:
-            weights = make_weights(cell, I if k == 0 else D * H, H, rng, bias=bias)
+            weights = make_weights(cell, I if k == 0 else width, H, rng, bias=bias)
             named = zip(CELLS[cell].parameters(), weights, strict=True)
             params |= {f"{name}_l{k}{end}": w for name, w in named if w is not None}
     return params
@@ -324,17 +325,20 @@ def make_stack(cell, L, D, *, bias, rng):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("lengths", [None, [3, 0, 4]], ids=["all valid", "with zero"])
-@pytest.mark.parametrize(("L", "D"), [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("L", "D", "merging"),
+    [(2, 1, "concat"), *((L, 2, kind) for L in (1, 3) for kind in MERGES)],
+)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_stack_gradients(cell, L, D, lengths, masked):
+def test_stack_gradients(cell, L, D, merging, lengths, masked):
     rng = np.random.default_rng(3)
-    params = make_stack(cell, L, D, bias=L != 2, rng=rng)
-    n = len(CELLS[cell].states)
-    x, dy = rng.standard_normal((T, B, I)), rng.standard_normal((T, B, D * H))
+    params = make_stack(cell, L, D, bias=L != 2, rng=rng, merging=merging)
+    n, Y = len(CELLS[cell].states), H * (D if merging == "concat" else 1)
+    x, dy = rng.standard_normal((T, B, I)), rng.standard_normal((T, B, Y))
     state = tuple(rng.standard_normal((L * D, B, H)) for _ in range(n))
     dstate = tuple(rng.standard_normal((L * D, B, H)) for _ in range(n))
-    masks = [rng.integers(0, 2, (T, B, D * H)) * 2.0 for _ in range(L - 1)] if masked else None
-    how = dict(lengths=lengths, masks=masks)
+    masks = [rng.integers(0, 2, (T, B, Y)) * 2.0 for _ in range(L - 1)] if masked else None
+    how = dict(lengths=lengths, masks=masks, merging=merging)
 
     def f(x, *rest):
         named = dict(zip(params, rest[n:], strict=True))

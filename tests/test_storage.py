@@ -30,6 +30,7 @@ MODULES = {
         2, 3, 2, peephole=True, bidirectional=True, forget_bias=1.5, seed=5
     ),
     "coupled": lambda: rnnfast.LSTM(2, 3, coupled=True, peephole=True, bias=False, seed=6),
+    "merged": lambda: rnnfast.GRU(2, 3, 2, bidirectional=True, merge="mul", seed=7),
     "drawn seed": lambda: rnnfast.RNN(1, 1),
 }
 
