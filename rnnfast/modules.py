@@ -35,6 +35,7 @@ from .functional import (
 from .merges import CONCAT, MERGES
 from .parameters import (
     ENDS,
+    INITIAL,
     Arrays,
     aligned,
     assign,
@@ -48,7 +49,7 @@ from .streams import Stream
 
 LATER: dict[str, Any] = {
     "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0, "padding": "zeros",
-    "merge": CONCAT,
+    "merge": CONCAT, "learn_initial": False,
 }  # fmt: skip
 
 
@@ -63,13 +64,14 @@ class StackTape:
     """
 
     __slots__ = (
-        "_both", "_clamps", "_dropout", "_held", "_owner", "isa", "layers", "plan", "threads",
+        "_both", "_clamps", "_dropout", "_held", "_learned", "_owner", "isa", "layers", "plan",
+        "threads",
     )  # fmt: skip
 
     def __init__(
         self, layers: tuple[Tape, ...], owner: bytes, dropout: stack.Dropout,
         clamps: tuple[Clamped, ...], held: bool,
-        both: list[Sequence] | None,
+        both: list[Sequence] | None, learned: bool,
     ) -> None:  # fmt: skip
         most = layers[0] if len(layers) == 1 else max(layers, key=lambda layer: layer.threads)
         self.layers = layers
@@ -78,6 +80,7 @@ class StackTape:
         self._owner = owner  # the module's token
         self._clamps, self._held = clamps, held
         self._both = both  # each layer's y of both directions, where their product was taken
+        self._learned = learned  # whether the module's own initial states were those of the call
 
     @property
     def nbytes(self) -> int:
@@ -122,10 +125,11 @@ class Recurrent:
         I, H, L = arguments["input_size"], arguments["hidden_size"], arguments["num_layers"]
         D, bias = 2 if arguments["bidirectional"] else 1, arguments["bias"]
         P, merged = arguments.get("proj_size", 0), arguments["merge"] != CONCAT
+        learned = arguments["learn_initial"]
         if arguments["seed"] is None:
             arguments["seed"] = int.from_bytes(os.urandom(8), "little") >> 1
         sizes = "input_size, hidden_size, num_layers"
-        checks.room(sizes, module_bytes(cell, I, H, L, D, bias, P, merged), 1)
+        checks.room(sizes, module_bytes(cell, I, H, L, D, bias, P, merged, learned), 1)
         # What every call reads. The public attributes are read-only: the kernels trust sizes.
         self._sizes = I, H, P, L, D
         self._dtype = dtype = arguments["dtype"]
@@ -141,23 +145,29 @@ class Recurrent:
         fixed = cell, self._pair, dtype, self._batch_first, I, H, P, L, D
         self._fixed = *fixed, self._width, L == 1 and not merged
 
-        self._shapes = parameter_shapes(cell, I, H, L, D, bias, P, merged)
+        self._shapes = parameter_shapes(cell, I, H, L, D, bias, P, merged, learned)
         numbers = sum(size(shape) for shape in self._shapes.values())
         self._flat, self._flat_grads = (aligned(numbers, dtype) for _ in range(2))
         self._params = Arrays(views_of(self._flat, self._shapes))
         self._grads = Arrays(views_of(self._flat_grads, self._shapes))
         # Views of the library's own: what a caller does to the shape of a public one is not seen.
-        self._weights = self._by_layer(views_of(self._flat, self._shapes))
+        own = views_of(self._flat, self._shapes)
+        self._weights = self._by_layer(own)
+        self._initial = self._own_initial = self._initial_of(own)
         self._packs: dict[int, list[Any]] | None = None  # by kind, kept while frozen
         self._own_grads = self._by_layer(views_of(self._flat_grads, self._shapes))
         self._own_flat_grads = self._flat_grads[...]
-        self._scratch: list[tuple[np.ndarray, tuple]] = []
+        # Whether the kernel may add to all gradients there are, as they come.
+        self._in_place = L == D == 1 and not learned
+        self._scratch: list[tuple] = []
         self._adding: dict[int, Any] = {}
         self._token = os.urandom(16)  # a copy gets its own: its parameters soon differ
         if fill:
             bound = 1 / np.sqrt(H)
             random = np.random.default_rng(arguments["seed"])
             self._flat[...] = random.uniform(-bound, bound, numbers)
+            for state in self._initial or ():
+                state[...] = 0
             self._fill_more()
         self._built = True
 
@@ -203,6 +213,10 @@ class Recurrent:
             for layer in range(L)
         )
 
+    def _initial_of(self, views: dict[str, np.ndarray]) -> list[np.ndarray] | None:
+        """Of named views those of the initial states, each [L*D, 1, N]; None if there are none."""
+        return [views[name] for name in INITIAL if name in views] or None
+
     # ------------------------------------------------------------------------------- arguments
 
     input_size = _argument("input_size", "I")
@@ -213,6 +227,7 @@ class Recurrent:
     dropout = _argument("dropout", "Probability of a drop between layers, in `forward_train`.")
     bidirectional = _argument("bidirectional", "Whether D is 2.")
     merge = _argument("merge", 'How both directions become y: "concat", "sum", "mean" or "mul".')
+    learn_initial = _argument("learn_initial", "Whether initial states are parameters.")
     recurrent_dropout = _argument(
         "recurrent_dropout", "Probability with which R does not see a number of h, in training."
     )
@@ -328,11 +343,13 @@ class Recurrent:
         """
         if self._packs is None:
             self._packs = {FORWARD: self._pack_all(FORWARD)}
+            self._initial = self._initial and [state.copy() for state in self._initial]
             self._set_writeable(False)
 
     def unfreeze(self) -> None:
         """Makes the parameters writable again and drops the packs."""
         self._packs = None
+        self._initial = self._own_initial
         self._set_writeable(True)
 
     def _set_writeable(self, writeable: bool) -> None:
@@ -438,6 +455,8 @@ class Recurrent:
         if state is not None:
             sizes = (rows, B, H)
             h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, sizes, unbatched, P)
+        elif learned := self._initial:  # what the call knows of them is its own
+            h_0, c_0 = [*(np.repeat(one, B, axis=1) for one in learned), None][:2]
         if lengths is not None and offsets is None:
             lengths = checks.lengths("lengths", lengths, T, B, unbatched)
         mores = hs = states = None
@@ -499,7 +518,8 @@ class Recurrent:
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
         self._dropout_calls = call + 1
-        kept = StackTape(tuple(tapes), self._token, dropout, clamps, held, both)
+        learned = state is None and self._initial is not None
+        kept = StackTape(tuple(tapes), self._token, dropout, clamps, held, both, learned)
         return result, state_n, kept, states
 
     def _beside(
@@ -612,7 +632,7 @@ class Recurrent:
         # buffer is kept for the next call, and off the list meanwhile: threads may call at once.
         adding = self._adding_lock()
         scratch = self._scratch.pop() if self._scratch else self._new_scratch()
-        fresh, grads = scratch
+        fresh, grads, initial = scratch
         dx_result = dx = None
         if need_dx and packed:
             dx = new_like(x, I)
@@ -624,12 +644,18 @@ class Recurrent:
         dc_0 = np.empty((rows, B, H), dtype) if pair else None
         packs = self._kept(BACKWARD)
         pack = packs.__getitem__ if packs else partial(self._pack, kind=BACKWARD)
-        with _kernels.Turn(adding if L == D == 1 else None) as held:
+        with _kernels.Turn(adding if self._in_place else None) as held:
             stack.backward(
                 pack, layers, D, dy, dh_n, dc_n, dx, dh_0, dc_0, grads, dropout, config.threads,
                 add_to=self._own_grads[0][0] if held else None, replace=not accumulate,
                 receiveds=receiveds, dhs=dhs, merge=self._merge, both=tape._both,
             )  # fmt: skip
+        for into, by_row in zip(initial or (), (dh_0, dc_0), strict=False):
+            if tape._learned:  # by what all rows started from: their sum, in one order
+                with np.errstate(all="ignore"):
+                    into[...] = by_row.sum(axis=1, dtype=np.float64, keepdims=True)
+            else:
+                into[...] = 0
         if unbatched:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
         if not held:
@@ -652,10 +678,12 @@ class Recurrent:
         process = os.getpid()
         return self._adding.get(process) or self._adding.setdefault(process, threading.RLock())
 
-    def _new_scratch(self) -> tuple[np.ndarray, tuple]:
-        """A buffer like `flat_grads`, and its views as `run_backward` takes them, by layer."""
+    def _new_scratch(self) -> tuple[np.ndarray, tuple, list[np.ndarray] | None]:
+        """A buffer like `flat_grads`, and its views: as `run_backward` takes them, by layer; and
+        those of initial states."""
         fresh = aligned(self._flat.size, self._dtype)
-        return fresh, self._by_layer(views_of(fresh, self._shapes))
+        views = views_of(fresh, self._shapes)
+        return fresh, self._by_layer(views), self._initial_of(views)
 
     def _own_tapes(self, tape: StackTape) -> tuple[list[Tape], stack.Dropout]:
         """The layers' tapes as backward may read them, see `own_tape`, and what made the masks."""
@@ -702,12 +730,13 @@ class Recurrent:
         calls = checks.integer("dropout_calls", header["dropout_calls"], 0)
         L, D = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
         P, merged = arguments.get("proj_size", 0), arguments["merge"] != CONCAT
-        count = L * D * len(names_of(cell, P, arguments["bias"]))
+        learned = arguments["learn_initial"]
+        count = L * D * len(names_of(cell, P, arguments["bias"])) + learned * len(cell.states)
         if len(arrays) != count:  # before L is used to make as many names
             needs = f"the {count} of its module"
             checks.fail(ValueError, "parameters", f"{len(arrays)} entries", needs)
         I, H, dtype = arguments["input_size"], arguments["hidden_size"], arguments["dtype"]
-        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"], P, merged)
+        shapes = parameter_shapes(cell, I, H, L, D, arguments["bias"], P, merged, learned)
         arrays = checks.entries("parameters", arrays, shapes, dtype)
         module = cls.__new__(cls)
         module._build(arguments, fill=False)
@@ -765,7 +794,7 @@ class Recurrent:
 DEFAULTS = {
     "num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "dropout": 0.0,
     "bidirectional": False, "proj_size": 0, "peephole": False, "coupled": False,
-    "forget_bias": None, "reset_after": True, "merge": CONCAT,
+    "forget_bias": None, "reset_after": True, "merge": CONCAT, "learn_initial": False,
     "recurrent_dropout": 0.0, "variational": False, "padding": "zeros",
 }  # fmt: skip
 
@@ -775,7 +804,7 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
     checked = dict(arguments)
     for name in ("input_size", "hidden_size", "num_layers"):
         checked[name] = checks.integer(name, arguments[name], 1)
-    for name in ("bias", "batch_first", "bidirectional"):
+    for name in ("bias", "batch_first", "bidirectional", "learn_initial"):
         checked[name] = checks.boolean(name, arguments[name])
     checked["dropout"] = checks.fraction("dropout", arguments["dropout"])
     merge = checked["merge"] = checks.choice("merge", arguments["merge"], MERGES)
@@ -800,9 +829,11 @@ class RNN(Recurrent):
 
     Then merge: how both directions become one y, and so the x of the layer above: side by side
     ("concat"), or as their "sum", "mean" or product ("mul"), which have H numbers instead of 2 H
-    (Keras's merge_mode, where "mean" is "ave"); states stay apart. dtype: np.float32 or np.float64;
-    seed: an integer for the initial parameters (uniform within 1/sqrt(H) of zero) and for all that
-    is dropped, or None for one from the system.
+    (Keras's merge_mode, where "mean" is "ave"); states stay apart. learn_initial: what a call
+    without a state starts from is parameters, too, `h_0` (and `c_0`) [L*D, 1, H], the same for
+    every row, and zero at first; a call with a state neither uses nor changes them. dtype:
+    np.float32 or np.float64; seed: an integer for the initial parameters (uniform within 1/sqrt(H)
+    of zero) and for all that is dropped, or None for one from the system.
 
     recurrent_dropout: the probability with which the product with R does not see a number of h, in
     `forward_train`, drawn for each step, or with variational once for all of a call (Gal and
@@ -825,7 +856,7 @@ class RNN(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
         bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
-        bidirectional: bool = False, *, merge: str = CONCAT,
+        bidirectional: bool = False, *, merge: str = CONCAT, learn_initial: bool = False,
         recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
@@ -834,7 +865,7 @@ class RNN(Recurrent):
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers,
                 nonlinearity=nonlinearity, bias=bias, batch_first=batch_first, dropout=dropout,
-                bidirectional=bidirectional, merge=merge,
+                bidirectional=bidirectional, merge=merge, learn_initial=learn_initial,
                 recurrent_dropout=recurrent_dropout,
                 variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
@@ -870,7 +901,7 @@ class LSTM(Recurrent):
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
         proj_size: int = 0, *, peephole: bool = False, coupled: bool = False,
-        forget_bias: float | None = None, merge: str = CONCAT,
+        forget_bias: float | None = None, merge: str = CONCAT, learn_initial: bool = False,
         recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
@@ -880,7 +911,7 @@ class LSTM(Recurrent):
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
                 proj_size=proj_size, peephole=peephole, coupled=coupled, forget_bias=forget_bias,
-                merge=merge,
+                merge=merge, learn_initial=learn_initial,
                 recurrent_dropout=recurrent_dropout, variational=variational, zoneout=zoneout,
                 padding=padding, dtype=dtype, seed=seed,
             )
@@ -934,7 +965,7 @@ class GRU(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
-        reset_after: bool = True, merge: str = CONCAT,
+        reset_after: bool = True, merge: str = CONCAT, learn_initial: bool = False,
         recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
@@ -943,7 +974,7 @@ class GRU(Recurrent):
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
-                reset_after=reset_after, merge=merge,
+                reset_after=reset_after, merge=merge, learn_initial=learn_initial,
                 recurrent_dropout=recurrent_dropout,
                 variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )

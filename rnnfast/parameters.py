@@ -7,6 +7,7 @@ I input size, H hidden size, P projection size or 0, L layers, D directions, as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from .cells import Cell
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 ENDS = ("", "_reverse")  # of the parameters' names, by direction
+INITIAL = ("h_0", "c_0")  # names of initial states that are parameters
 
 
 class Arrays(Mapping):
@@ -74,10 +76,12 @@ def names_of(cell: Cell, P: int, bias: bool) -> tuple[str, ...]:
 
 def parameter_shapes(
     cell: Cell, I: int, H: int, L: int, D: int, bias: bool, P: int = 0, merged: bool = False,
+    learned: bool = False,
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
     """Shapes of a stack's parameters; those that PyTorch has, by its names and in its order.
 
-    merged: what a layer of two directions hands to the one above is as wide as one of them.
+    merged: what a layer of two directions hands to the one above is as wide as one of them;
+    learned: initial states are parameters, the last ones.
 
     >>> from rnnfast.cells import CELLS
     >>> parameter_shapes(CELLS["lstm"], 3, 5, 1, 1, False)
@@ -90,21 +94,26 @@ def parameter_shapes(
         for end in ENDS[:D]:
             for name in names_of(cell, P, bias):
                 shapes[f"{name}_l{layer}{end}"] = own[name]
+    if learned:
+        for name, numbers in zip(INITIAL[: len(cell.states)], (P or H, H), strict=False):
+            shapes[name] = L * D, 1, numbers
     return shapes
 
 
 def size(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) == 1 else shape[0] * shape[1]
+    return math.prod(shape)
 
 
 def module_bytes(
     cell: Cell, I: int, H: int, L: int, D: int, bias: bool, P: int, merged: bool = False,
+    learned: bool = False,
 ) -> int:  # fmt: skip
     """Bytes, at least, that a module will take; by formula, as L may be anything yet."""
     rows = len(cell.gates) * H
     per_direction = rows * ((P or H) + 2 * bias) + (len(cell.peepholes) + P) * H
     above = (1 if merged else D) * (P or H)
     numbers = D * (L * per_direction + rows * I + (L - 1) * rows * above)
+    numbers += learned * L * D * ((P or H) + (len(cell.states) - 1) * H)
     views = 6 * 100 * L * D * len(names_of(cell, P, bias))  # three of each parameter and gradient
     return 2 * 8 * numbers + views
 

@@ -6,6 +6,7 @@ argument to `checks`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -36,7 +37,7 @@ class Stream:
     """
 
     __slots__ = (
-        "_cell", "_dtype", "_row", "_rows", "_sizes", "_states", "_step", "_stepper",
+        "_cell", "_dtype", "_first", "_row", "_rows", "_sizes", "_states", "_step", "_stepper",
     )  # fmt: skip
 
     def __init__(self, module: Recurrent, batch_size: int) -> None:
@@ -52,6 +53,8 @@ class Stream:
         self._rows, self._row = (B, N), (N,)
         h, c = np.zeros((L, B, N), self._dtype), np.zeros((L, B, H), self._dtype)
         self._states = (h, c)[: len(self._cell.states)]
+        self._first = [one.copy() for one in module._initial or ()] or (0, 0)
+        self._set_all(self._first)
         packs = tuple(module._kept(FORWARD) or module._pack_all(FORWARD))
         h, c = self._states if "c" in self._cell.states else (self._states[0], None)
         hold = module._regular.zoneout if module._regular else (0.0, 0.0)
@@ -146,13 +149,16 @@ class Stream:
         self._set(checked)
 
     def reset(self) -> None:
-        """Sets the states to zero, as at the start."""
-        self._set((0, 0))
+        """Sets the states as at the start: to zero, or to those that the module has learned."""
+        self._set(self._first)
 
-    def _set(self, values: tuple) -> None:
+    def _set(self, values: Iterable) -> None:
         with self._stepper:
-            for own, value in zip(self._states, values, strict=False):
-                own[...] = value
+            self._set_all(values)
+
+    def _set_all(self, values: Iterable) -> None:
+        for own, value in zip(self._states, values, strict=False):
+            own[...] = value
 
     def __reduce__(self) -> NoReturn:
         # Of a copy of any kind: two streams would share one place for their states.

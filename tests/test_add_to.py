@@ -52,7 +52,7 @@ def output_of(module):
 
 def dirty(module):
     """The module, after a call whose leavings are NaN."""
-    scratch, _ = module._scratch[0] if module._scratch else module._new_scratch()
+    scratch, *_ = module._scratch[0] if module._scratch else module._new_scratch()
     scratch[...] = np.nan
     return module
 
