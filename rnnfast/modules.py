@@ -18,7 +18,8 @@ import numpy as np
 
 from . import _kernels, calls, checks, config, functional, stack, storage
 from .calls import Clamped, Extra, Layout, Regular, States
-from .cells import PARAMETERS, Cell
+from .cells import CELLS, PARAMETERS, Cell
+from .drop_connect import DropConnect
 from .functional import (
     BACKWARD,
     FORWARD,
@@ -49,7 +50,7 @@ from .streams import Stream
 
 LATER: dict[str, Any] = {
     "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0, "padding": "zeros",
-    "merge": CONCAT, "learn_initial": False,
+    "merge": CONCAT, "learn_initial": False, "drop_connect": 0.0,
 }  # fmt: skip
 
 
@@ -64,13 +65,13 @@ class StackTape:
     """
 
     __slots__ = (
-        "_both", "_clamps", "_dropout", "_held", "_learned", "_owner", "isa", "layers", "plan",
-        "threads",
+        "_both", "_clamps", "_dropout", "_drops", "_held", "_learned", "_owner", "isa", "layers",
+        "plan", "threads",
     )  # fmt: skip
 
     def __init__(
         self, layers: tuple[Tape, ...], owner: bytes, dropout: stack.Dropout,
-        clamps: tuple[Clamped, ...], held: bool,
+        drops: DropConnect | None, clamps: tuple[Clamped, ...], held: bool,
         both: list[Sequence] | None, learned: bool,
     ) -> None:  # fmt: skip
         most = layers[0] if len(layers) == 1 else max(layers, key=lambda layer: layer.threads)
@@ -78,6 +79,7 @@ class StackTape:
         self.plan, self.threads, self.isa = most.plan, most.threads, most.isa
         self._dropout = dropout
         self._owner = owner  # the module's token
+        self._drops = drops
         self._clamps, self._held = clamps, held
         self._both = both  # each layer's y of both directions, where their product was taken
         self._learned = learned  # whether the module's own initial states were those of the call
@@ -88,6 +90,23 @@ class StackTape:
         handed = [layer.x for layer in self.layers[1:]] + (self._both or [])
         between = sum(stack.numbers(sequence).nbytes for sequence in handed)
         return between + sum(layer.nbytes for layer in self.layers)
+
+    def drop_connect_mask(self, layer: int, direction: int = 0) -> np.ndarray:
+        """Which numbers of a layer's `weight_hh` the call had, by drop_connect: bool of its shape.
+
+        direction: 1 for the reverse one. Raises TypeError or ValueError for what is not there.
+
+        >>> _, _, tape = GRU(3, 5, drop_connect=0.5).forward_train(np.zeros((7, 2, 3), np.float32))
+        >>> tape.drop_connect_mask(0).shape
+        (15, 5)
+        """
+        layer = checks.integer("layer", layer, 0, len(self.layers) - 1)
+        own = self.layers[layer]
+        D, N = own.h.shape[1 if own.steps else 0], own.h.shape[-1]
+        direction = checks.integer("direction", direction, 0, D - 1)
+        H = N if own.c is None else own.c.shape[-1]
+        shape = len(CELLS[own.cell].gates) * H, N
+        return self._drops.mask(layer, D, direction, shape) if self._drops else np.ones(shape, bool)
 
     def __repr__(self) -> str:
         return f"StackTape({', '.join(map(repr, getattr(self, 'layers', ())))})"
@@ -137,13 +156,13 @@ class Recurrent:
         self._dropout = arguments["dropout"], arguments["seed"]
         self._dropout_calls = 0
         self._pair = "c" in cell.states
-        self._merge = arguments["merge"]
+        self._merge, self._drop_connect = arguments["merge"], arguments["drop_connect"]
         self._width = (1 if merged else D) * (P or H)  # of y
         self._read_regular()
         # Together, because each attribute costs a small call a hundredth of its time. The last says
         # that a call is one layer's and nothing else.
-        fixed = cell, self._pair, dtype, self._batch_first, I, H, P, L, D
-        self._fixed = *fixed, self._width, L == 1 and not merged
+        fixed = cell, self._pair, dtype, self._batch_first, I, H, P, L, D, self._width, learned
+        self._fixed = *fixed, L == 1 and not merged and not self._drop_connect
 
         self._shapes = parameter_shapes(cell, I, H, L, D, bias, P, merged, learned)
         numbers = sum(size(shape) for shape in self._shapes.values())
@@ -158,7 +177,7 @@ class Recurrent:
         self._own_grads = self._by_layer(views_of(self._flat_grads, self._shapes))
         self._own_flat_grads = self._flat_grads[...]
         # Whether the kernel may add to all gradients there are, as they come.
-        self._in_place = L == D == 1 and not learned
+        self._in_place = L == D == 1 and not learned and not self._drop_connect
         self._scratch: list[tuple] = []
         self._adding: dict[int, Any] = {}
         self._token = os.urandom(16)  # a copy gets its own: its parameters soon differ
@@ -228,6 +247,7 @@ class Recurrent:
     bidirectional = _argument("bidirectional", "Whether D is 2.")
     merge = _argument("merge", 'How both directions become y: "concat", "sum", "mean" or "mul".')
     learn_initial = _argument("learn_initial", "Whether initial states are parameters.")
+    drop_connect = _argument("drop_connect", "Probability of a drop in R, in `forward_train`.")
     recurrent_dropout = _argument(
         "recurrent_dropout", "Probability with which R does not see a number of h, in training."
     )
@@ -331,7 +351,8 @@ class Recurrent:
     def freeze(self) -> None:
         """Makes the parameters read-only and keeps the kernels' packs of them, until `unfreeze`.
 
-        Calls are then spared the packing. Views of `flat` that were made elsewhere may stay
+        Calls are then spared the packing (but `forward_train` with drop_connect, where each call's
+        weights are others). Views of `flat` that were made elsewhere may stay
         writable; writing to them has no effect on the results until `unfreeze`.
 
         >>> lstm = LSTM(2, 3)
@@ -356,12 +377,14 @@ class Recurrent:
         for array in (self._flat, *self._params.values()):
             array.flags.writeable = writeable
 
-    def _pack(self, layer: int, kind: int) -> Any:
+    def _pack(self, layer: int, kind: int, drops: DropConnect | None = None) -> Any:
         weights = self._weights[layer]
+        if drops is not None:
+            weights = drops.weights(layer, weights)
         return _kernels.pack(self._cell.number, weights, kind, config.threads, config.plan)
 
-    def _pack_all(self, kind: int) -> list[Any]:
-        return [self._pack(layer, kind) for layer in range(len(self._weights))]
+    def _pack_all(self, kind: int, drops: DropConnect | None = None) -> list[Any]:
+        return [self._pack(layer, kind, drops) for layer in range(len(self._weights))]
 
     def _kept(self, kind: int) -> list[Any] | None:
         """The packs of a frozen module, those of a kind made when first asked for; else None."""
@@ -433,7 +456,7 @@ class Recurrent:
         self, x: Any, state: Any, lengths: Any, kind: str | None, mask: Any, clamp: Any,
         all_states: bool, offsets: Any,
     ) -> tuple[np.ndarray, Any, StackTape | None, States | None]:  # fmt: skip
-        cell, pair, dtype, batch_first, I, H, P, L, D, width, single = self._fixed
+        cell, pair, dtype, batch_first, I, H, P, L, D, width, learned, single = self._fixed
         if offsets is None:
             x, unbatched = checks.sequence("x", x, dtype, I, batch_first)
         else:
@@ -455,8 +478,8 @@ class Recurrent:
         if state is not None:
             sizes = (rows, B, H)
             h_0, c_0 = checks.states(checks.STATE, state, pair, dtype, sizes, unbatched, P)
-        elif learned := self._initial:  # what the call knows of them is its own
-            h_0, c_0 = [*(np.repeat(one, B, axis=1) for one in learned), None][:2]
+        elif learned:  # copies: what is checked and what is on the tape stay as they are
+            h_0, c_0 = [*(np.repeat(one, B, axis=1) for one in self._initial), None][:2]
         if lengths is not None and offsets is None:
             lengths = checks.lengths("lengths", lengths, T, B, unbatched)
         mores = hs = states = None
@@ -480,7 +503,7 @@ class Recurrent:
         call = self._dropout_calls if kind else 0
         threads = config.threads
         packs = self._packs and self._kept(FORWARD)
-        tapes, dropout, both = None, stack.NO_DROPOUT, None
+        tapes, dropout, both, drops = None, stack.NO_DROPOUT, None, None
         if single:  # as `stack` does; the detour is a tenth of a small call
             packed = packs[0] if packs else self._pack(0, FORWARD)
             tape = None
@@ -494,14 +517,17 @@ class Recurrent:
                 hs[0] = y
         else:
             if kind:
+                if self._drop_connect:
+                    drops = DropConnect(self._drop_connect, self._dropout[1], call)
+                    packs = None
                 if kind == "light" and not packs:  # a light tape keeps them
-                    packs = self._pack_all(FORWARD)
+                    packs = self._pack_all(FORWARD, drops)
                 kept = packs if kind == "light" else None
                 merge = self._merge
                 tapes = stack.new_tapes(cell, x, H, P, L, D, lengths, kept, merge=merge)
                 both = stack.new_both(tapes) if merge == "mul" else None
                 dropout = stack.Dropout(*self._dropout, call)
-            pack = packs.__getitem__ if packs else partial(self._pack, kind=FORWARD)
+            pack = packs.__getitem__ if packs else partial(self._pack, kind=FORWARD, drops=drops)
             stack.forward(
                 cell, pack, L, D, x, h_0, c_0, y, h_n, c_n, lengths, tapes, dropout, threads,
                 mores, hs, self._merge, both,
@@ -518,8 +544,8 @@ class Recurrent:
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
         self._dropout_calls = call + 1
-        learned = state is None and self._initial is not None
-        kept = StackTape(tuple(tapes), self._token, dropout, clamps, held, both, learned)
+        learned = learned and state is None
+        kept = StackTape(tuple(tapes), self._token, dropout, drops, clamps, held, both, learned)
         return result, state_n, kept, states
 
     def _beside(
@@ -642,20 +668,24 @@ class Recurrent:
             dx = as_steps(dx_result, batch_first, unbatched)
         dh_0 = np.empty((rows, B, h_size), dtype)
         dc_0 = np.empty((rows, B, H), dtype) if pair else None
-        packs = self._kept(BACKWARD)
-        pack = packs.__getitem__ if packs else partial(self._pack, kind=BACKWARD)
+        drops = tape._drops
+        packs = None if drops else self._kept(BACKWARD)
+        pack = packs.__getitem__ if packs else partial(self._pack, kind=BACKWARD, drops=drops)
         with _kernels.Turn(adding if self._in_place else None) as held:
             stack.backward(
                 pack, layers, D, dy, dh_n, dc_n, dx, dh_0, dc_0, grads, dropout, config.threads,
                 add_to=self._own_grads[0][0] if held else None, replace=not accumulate,
                 receiveds=receiveds, dhs=dhs, merge=self._merge, both=tape._both,
             )  # fmt: skip
-        for into, by_row in zip(initial or (), (dh_0, dc_0), strict=False):
-            if tape._learned:  # by what all rows started from: their sum, in one order
-                with np.errstate(all="ignore"):
-                    into[...] = by_row.sum(axis=1, dtype=np.float64, keepdims=True)
-            else:
+        if drops:
+            for layer, own in enumerate(grads):
+                drops.gradients(layer, own)
+        if initial:
+            for into, by_row in zip(initial, (dh_0, dc_0), strict=False):
                 into[...] = 0
+                if tape._learned:  # all rows started from it: their sum, in one order
+                    with np.errstate(all="ignore"):
+                        into[...] = by_row.sum(axis=1, dtype=np.float64, keepdims=True)
         if unbatched:
             dh_0, dc_0 = dh_0[:, 0], None if dc_0 is None else dc_0[:, 0]
         if not held:
@@ -795,7 +825,7 @@ DEFAULTS = {
     "num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "dropout": 0.0,
     "bidirectional": False, "proj_size": 0, "peephole": False, "coupled": False,
     "forget_bias": None, "reset_after": True, "merge": CONCAT, "learn_initial": False,
-    "recurrent_dropout": 0.0, "variational": False, "padding": "zeros",
+    "drop_connect": 0.0, "recurrent_dropout": 0.0, "variational": False, "padding": "zeros",
 }  # fmt: skip
 
 
@@ -806,7 +836,8 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
         checked[name] = checks.integer(name, arguments[name], 1)
     for name in ("bias", "batch_first", "bidirectional", "learn_initial"):
         checked[name] = checks.boolean(name, arguments[name])
-    checked["dropout"] = checks.fraction("dropout", arguments["dropout"])
+    for name in ("dropout", "drop_connect"):
+        checked[name] = checks.fraction(name, arguments[name])
     merge = checked["merge"] = checks.choice("merge", arguments["merge"], MERGES)
     if merge != CONCAT and not checked["bidirectional"]:
         needs = "bidirectional=True: of one direction there is nothing to merge"
@@ -831,9 +862,11 @@ class RNN(Recurrent):
     ("concat"), or as their "sum", "mean" or product ("mul"), which have H numbers instead of 2 H
     (Keras's merge_mode, where "mean" is "ave"); states stay apart. learn_initial: what a call
     without a state starts from is parameters, too, `h_0` (and `c_0`) [L*D, 1, H], the same for
-    every row, and zero at first; a call with a state neither uses nor changes them. dtype:
-    np.float32 or np.float64; seed: an integer for the initial parameters (uniform within 1/sqrt(H)
-    of zero) and for all that is dropped, or None for one from the system.
+    every row, and zero at first; a call with a state neither uses nor changes them. drop_connect:
+    the probability with which `forward_train` drops a number of `weight_hh`, for all steps and rows
+    of a call (Merity, Keskar and Socher, arXiv 1708.02182). dtype: np.float32 or np.float64; seed:
+    an integer for the initial parameters (uniform within 1/sqrt(H) of zero) and for all that is
+    dropped, or None for one from the system.
 
     recurrent_dropout: the probability with which the product with R does not see a number of h, in
     `forward_train`, drawn for each step, or with variational once for all of a call (Gal and
@@ -857,7 +890,7 @@ class RNN(Recurrent):
         self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
         bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
         bidirectional: bool = False, *, merge: str = CONCAT, learn_initial: bool = False,
-        recurrent_dropout: float = 0.0, variational: bool = False,
+        drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
     ) -> None:  # fmt: skip
@@ -866,7 +899,7 @@ class RNN(Recurrent):
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers,
                 nonlinearity=nonlinearity, bias=bias, batch_first=batch_first, dropout=dropout,
                 bidirectional=bidirectional, merge=merge, learn_initial=learn_initial,
-                recurrent_dropout=recurrent_dropout,
+                drop_connect=drop_connect, recurrent_dropout=recurrent_dropout,
                 variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip
@@ -902,7 +935,7 @@ class LSTM(Recurrent):
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
         proj_size: int = 0, *, peephole: bool = False, coupled: bool = False,
         forget_bias: float | None = None, merge: str = CONCAT, learn_initial: bool = False,
-        recurrent_dropout: float = 0.0, variational: bool = False,
+        drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
     ) -> None:  # fmt: skip
@@ -911,7 +944,7 @@ class LSTM(Recurrent):
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
                 proj_size=proj_size, peephole=peephole, coupled=coupled, forget_bias=forget_bias,
-                merge=merge, learn_initial=learn_initial,
+                merge=merge, learn_initial=learn_initial, drop_connect=drop_connect,
                 recurrent_dropout=recurrent_dropout, variational=variational, zoneout=zoneout,
                 padding=padding, dtype=dtype, seed=seed,
             )
@@ -966,7 +999,7 @@ class GRU(Recurrent):
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
         reset_after: bool = True, merge: str = CONCAT, learn_initial: bool = False,
-        recurrent_dropout: float = 0.0, variational: bool = False,
+        drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
     ) -> None:  # fmt: skip
@@ -975,7 +1008,7 @@ class GRU(Recurrent):
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
                 reset_after=reset_after, merge=merge, learn_initial=learn_initial,
-                recurrent_dropout=recurrent_dropout,
+                drop_connect=drop_connect, recurrent_dropout=recurrent_dropout,
                 variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip

@@ -23,7 +23,7 @@ from .parameters import Arrays
 STRUCTURE = {
     "num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False,
     "variational": False, "padding": "zeros",
-    "merge": "concat", "learn_initial": False,
+    "merge": "concat", "learn_initial": False, "drop_connect": 0.0,
 }  # fmt: skip
 END = "_l0"  # of the parameters' names in a layer, which a cell's are without
 

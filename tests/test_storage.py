@@ -32,6 +32,7 @@ MODULES = {
     "coupled": lambda: rnnfast.LSTM(2, 3, coupled=True, peephole=True, bias=False, seed=6),
     "merged": lambda: rnnfast.GRU(2, 3, 2, bidirectional=True, merge="mul", seed=7),
     "learned states": lambda: rnnfast.LSTM(2, 3, proj_size=1, learn_initial=True, seed=8),
+    "drop_connect": lambda: rnnfast.GRU(2, 3, drop_connect=0.5, seed=9),
     "drawn seed": lambda: rnnfast.RNN(1, 1),
 }
 
