@@ -8,6 +8,7 @@ from .corpus import Corpus, DataError, standard_library, text_file
 from .language_model import LanguageModel
 from .layers import IGNORED, Embedding, Linear, OneHot, cross_entropy, perplexity
 from .optimizers import SGD, Adam, clip_gradients, warm_up_and_cosine
+from .targets import target_loss
 from .tbptt import Truncated, tbptt
 from .threads import one_blas_thread
 from .trainer import Settings, Trainer, read_settings
@@ -37,6 +38,7 @@ __all__ = [
     "perplexity",
     "read_settings",
     "standard_library",
+    "target_loss",
     "tbptt",
     "text_file",
     "warm_up_and_cosine",
