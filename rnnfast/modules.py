@@ -18,13 +18,12 @@ import numpy as np
 
 from . import _kernels, calls, checks, config, functional, stack, storage
 from .calls import Clamped, Extra, Layout, Regular, States
-from .cells import CELLS, PARAMETERS, Cell
+from .cells import PARAMETERS, Cell
 from .drop_connect import DropConnect
 from .functional import (
     BACKWARD,
     FORWARD,
     More,
-    Sequence,
     Tape,
     as_steps,
     new_array,
@@ -47,69 +46,12 @@ from .parameters import (
     views_of,
 )
 from .streams import Stream
+from .tapes import StackTape
 
 LATER: dict[str, Any] = {
     "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0, "padding": "zeros",
     "merge": CONCAT, "learn_initial": False, "drop_connect": 0.0,
 }  # fmt: skip
-
-
-class StackTape:
-    """What a module's `forward_train` saves for `backward`.
-
-    - `layers`: one `functional.Tape` per layer
-    - `plan`, `threads`, `isa`: what ran; of layers that differ, the one with most threads
-    - `nbytes`: of all that it keeps but the module's input
-
-    It belongs to the module that made it, as do its copies; no other module takes it.
-    """
-
-    __slots__ = (
-        "_both", "_clamps", "_dropout", "_drops", "_held", "_learned", "_owner", "isa", "layers",
-        "plan", "threads",
-    )  # fmt: skip
-
-    def __init__(
-        self, layers: tuple[Tape, ...], owner: bytes, dropout: stack.Dropout,
-        drops: DropConnect | None, clamps: tuple[Clamped, ...], held: bool,
-        both: list[Sequence] | None, learned: bool,
-    ) -> None:  # fmt: skip
-        most = layers[0] if len(layers) == 1 else max(layers, key=lambda layer: layer.threads)
-        self.layers = layers
-        self.plan, self.threads, self.isa = most.plan, most.threads, most.isa
-        self._dropout = dropout
-        self._owner = owner  # the module's token
-        self._drops = drops
-        self._clamps, self._held = clamps, held
-        self._both = both  # each layer's y of both directions, where their product was taken
-        self._learned = learned  # whether the module's own initial states were those of the call
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what the tape keeps: the layers' tapes, and the input of all but the first."""
-        handed = [layer.x for layer in self.layers[1:]] + (self._both or [])
-        between = sum(stack.numbers(sequence).nbytes for sequence in handed)
-        return between + sum(layer.nbytes for layer in self.layers)
-
-    def drop_connect_mask(self, layer: int, direction: int = 0) -> np.ndarray:
-        """Which numbers of a layer's `weight_hh` the call had, by drop_connect: bool of its shape.
-
-        direction: 1 for the reverse one. Raises TypeError or ValueError for what is not there.
-
-        >>> _, _, tape = GRU(3, 5, drop_connect=0.5).forward_train(np.zeros((7, 2, 3), np.float32))
-        >>> tape.drop_connect_mask(0).shape
-        (15, 5)
-        """
-        layer = checks.integer("layer", layer, 0, len(self.layers) - 1)
-        own = self.layers[layer]
-        D, N = own.h.shape[1 if own.steps else 0], own.h.shape[-1]
-        direction = checks.integer("direction", direction, 0, D - 1)
-        H = N if own.c is None else own.c.shape[-1]
-        shape = len(CELLS[own.cell].gates) * H, N
-        return self._drops.mask(layer, D, direction, shape) if self._drops else np.ones(shape, bool)
-
-    def __repr__(self) -> str:
-        return f"StackTape({', '.join(map(repr, getattr(self, 'layers', ())))})"
 
 
 def _argument(name: str, doc: str) -> Any:
@@ -864,9 +806,7 @@ class RNN(Recurrent):
     without a state starts from is parameters, too, `h_0` (and `c_0`) [L*D, 1, H], the same for
     every row, and zero at first; a call with a state neither uses nor changes them. drop_connect:
     the probability with which `forward_train` drops a number of `weight_hh`, for all steps and rows
-    of a call (Merity, Keskar and Socher, arXiv 1708.02182). dtype: np.float32 or np.float64; seed:
-    an integer for the initial parameters (uniform within 1/sqrt(H) of zero) and for all that is
-    dropped, or None for one from the system.
+    of a call (Merity, Keskar and Socher, arXiv 1708.02182).
 
     recurrent_dropout: the probability with which the product with R does not see a number of h, in
     `forward_train`, drawn for each step, or with variational once for all of a call (Gal and
@@ -874,7 +814,10 @@ class RNN(Recurrent):
     for the LSTM also a pair, for h and c (Krueger et al., arXiv 1606.01305); elsewhere it is
     expected, and each step has this share of the states before. padding: what y is at steps that
     are missing, "zeros" or "hold", the last one before them in the order of processing (as in
-    Keras), zero if there is none.
+    Keras), zero if there is none; with merged directions "zeros" alone.
+
+    dtype: np.float32 or np.float64; seed: an integer for the initial parameters (uniform within
+    1/sqrt(H) of zero) and for all that is dropped, or None for one from the system.
 
     The states are one array. Raises TypeError or ValueError for an argument that is not such.
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from .. import checks
 from ..functional import as_steps
-from ..modules import Recurrent, StackTape
+from ..modules import Recurrent
+from ..tapes import StackTape
 
 
 class Truncated(NamedTuple):
