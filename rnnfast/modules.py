@@ -379,7 +379,8 @@ class Recurrent:
 
         tape: "full" keeps gates and states of all steps; "light" keeps states at some sqrt(T) steps
         of each layer, and `backward` computes the others again: far less memory for some third more
-        time, and the same bits. What one layer hands to the next is kept by both.
+        time, and the same bits. What one layer hands to the next is kept by both, and what is
+        multiplied where directions are.
 
         >>> lstm = LSTM(3, 5)
         >>> x = np.zeros((10000, 2, 3), np.float32)

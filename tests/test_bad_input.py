@@ -846,6 +846,9 @@ TAKES = {
     "num_layers": (),
     "proj_size": ("0",),
     "dropout": ("0", "1.0"),
+    "drop_connect": ("0", "1.0"),
+    "merge": (),
+    "learn_initial": FLAG,
     "seed": ("0", "2**31", "None"),
     "bias": FLAG,
     "batch_first": FLAG,
@@ -881,6 +884,8 @@ SIZES = {
 WORDS = {
     "dtype": (">f4", "f2", "i4", "float33", "None", np.longdouble, [("a", "f4")]),
     "dropout": (-0.1, 1.01, 2, 1e300),
+    "drop_connect": (-0.1, 1.01, 2, 1e300),
+    "merge": ("sum", "ave", ""),
     "forget_bias": (1e39, "nan"),
 }
 

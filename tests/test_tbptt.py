@@ -252,5 +252,9 @@ def test_bad_arguments():
     for wrong in (None, rnnfast.GRUCell(I, H)):
         with pytest.raises(TypeError, match=r"^module: got .*; needs an RNN, LSTM or GRU"):
             tbptt(wrong, x, loss, 5)
+    with pytest.raises(
+        ValueError, match=r"^lengths: got list of 3; needs None with padding='hold'"
+    ):
+        tbptt(rnnfast.GRU(I, H, padding="hold"), x, loss, 5, lengths=[T, 2, 3])
     with pytest.raises(TypeError, match=r"^need_dx: got 1"):
         tbptt(module, x, loss, 5, need_dx=1)

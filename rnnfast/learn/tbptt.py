@@ -57,7 +57,8 @@ def tbptt(
     Each window is one call of `forward_train`, with masks of its own where something is dropped.
     Learned initial states get gradients of the windows that begin with the sequence.
 
-    Raises as the module's calls do, and ValueError for two directions, or k2 below k1.
+    Raises as the module's calls do, and ValueError for two directions, for k2 below k1, and for
+    lengths where y past them would be held.
 
     >>> import rnnfast
     >>> gru = rnnfast.GRU(3, 5)
@@ -84,6 +85,9 @@ def tbptt(
     x, unbatched = checks.sequence("x", x, dtype, module.input_size, batch_first)
     T, B, _ = x.shape
     if lengths is not None:
+        if module.padding == "hold":
+            needs = "None with padding='hold': a window knows nothing of the y before it"
+            checks.fail(ValueError, "lengths", checks.describe(lengths), needs)
         lengths = checks.lengths("lengths", lengths, T, B, unbatched)
 
     def laid_out(sequence: np.ndarray) -> np.ndarray:
