@@ -1,4 +1,5 @@
-/* dropout.h: the counter-based generator of dropout masks; see `dropout_mask` in reference.py.
+/* dropout.h: the counter-based generator of dropout masks, and of what is drawn in a closed loop;
+ * see `dropout_mask` and `uniform` in reference.py.
  * An element's fate is a function of (key, t, b, unit) alone, so it is the same for any number of
  * threads, any plan and any split of the batch. */
 #ifndef RF_DROPOUT_H
@@ -28,6 +29,11 @@ static inline uint64_t dropout_limit(double p) {
 /* Keeps if a uniform number in [0, 1) of 53 bits is not below p. */
 static inline int dropout_keeps(uint64_t row, uint64_t unit, uint64_t limit) {
     return dropout_mix(row + unit) >> 11 >= limit;
+}
+
+/* A number of 53 bits in [0, 1). */
+static inline double dropout_uniform(uint64_t row, uint64_t unit) {
+    return (double)(dropout_mix(row + unit) >> 11) * 0x1p-53;
 }
 
 #endif

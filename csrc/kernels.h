@@ -125,7 +125,8 @@ typedef struct {
     rf_shape shape;
     int reverse;              /* bit d: direction d runs from the last valid step to the first */
     ptrdiff_t step0, step1;   /* the slice; 0 and T: all of it */
-    rf_seq x;                 /* in  [T, B, I] */
+    rf_seq x;                 /* in  [T, B, I]; if one_hot, [T, B, 1] */
+    int one_hot;              /* a row of x is the place of its only 1, all else in it is 0 */
     rf_seq y;                 /* out [T, B, D*N], or data NULL; zeros past a row's length */
     const ptrdiff_t *lengths; /* in  [B], each in 0..T; NULL: all T */
     const ptrdiff_t *times; /* in  [B, T] times of each row's valid steps, ascending, then those of
@@ -167,6 +168,81 @@ typedef struct {
     rf_run run;
 } rf_backward_args;
 
+/* What a head's o is taken for: the next input itself, or numbers of which a token is chosen, the
+ * greatest one's or one drawn from softmax(o / temperature). Numbers as in closed_loop.py. */
+typedef enum { RF_VALUE, RF_ARGMAX, RF_SAMPLE, RF_N_CHOICES } rf_choice;
+
+/* One step of a head, the linear map from the h of a stack's last layer to o, and of what follows:
+ * a token for each row, and the next input of the stack. */
+typedef struct {
+    ptrdiff_t B, N, O, I;
+    const void *pack; /* in, from head_pack(RF_PACK_FORWARD) */
+    void *o;          /* out [B, O], rows o_row apart, or NULL */
+    ptrdiff_t o_row;
+    int choice;        /* rf_choice */
+    ptrdiff_t *tokens; /* out [B], tokens_row apart, each in 0..O-1; or -1 where o has no greatest
+                        * number (a NaN is there), or nothing can be drawn (nor where it is
+                        * infinite). Not written if RF_VALUE */
+    ptrdiff_t tokens_row;
+    double temperature; /* RF_SAMPLE: greater than 0 in this precision */
+    uint64_t key;       /* RF_SAMPLE: what a row draws depends on key, t and row0 + row alone */
+    uint64_t t, row0;
+    const void *table; /* in  [O, I] inputs by token; NULL: a token stands for itself, one-hot */
+    void *x;           /* out [B, I], rows x_row apart, or NULL: the next input. RF_VALUE: its first
+                        * O numbers alone are written. One-hot: [B, 1]. Of token -1 not written */
+    ptrdiff_t x_row;
+    const uint8_t *own; /* in [B], RF_VALUE: which rows of x are written; NULL: all */
+} rf_head;
+
+/* The same backward: what o is to the loss, and h. */
+typedef struct {
+    ptrdiff_t B, N, O;
+    const void *pack; /* in, from head_pack(RF_PACK_BACKWARD) */
+    void *d_o;        /* in, out [B, O]: by o as a result; then as the next input, too */
+    const void *dx;   /* in  [B, >= O], rows dx_row apart: by the next input; NULL: there is none */
+    ptrdiff_t dx_row;
+    const uint8_t *own; /* in [B]: which rows of the next input were o; NULL: all */
+    void *dh;           /* out [B, N] */
+} rf_head_backward;
+
+/* A stack of layers whose output is its own next input, by way of a head, step by step. */
+typedef struct {
+    /* [n] The lowest first, each as for a call of one step, D = 1. The states before the first step
+     * are in h_n and c_n, and those after the last one come there; h_0, c_0, run and, but for the
+     * lowest, x are not read. y: for a tape of the layer above, whose x it is, else absent. All may
+     * share a workspace. */
+    rf_forward_args *layers;
+    int n;
+    ptrdiff_t steps;
+    rf_head head; /* as of the first step; x, the second one's */
+    /* Numbers from one step to the next: of the lowest layer's x and the head's, of o, tokens, own;
+     * of a tape's gates, h (and y) and c. */
+    ptrdiff_t x_step, o_step, tokens_step, own_step, gates_step, h_step, c_step;
+    void *workspace;                   /* loop_workspace() bytes, 64-byte aligned */
+    ptrdiff_t failed_step, failed_row; /* out: where there was no token to choose */
+    rf_run run;
+} rf_loop_args;
+
+/* The same backward, from the gradient by each step's o as a result to all that reaches it; to dh
+ * by the last layer's h through o; to dx, and the initial states. */
+typedef struct {
+    /* [n] As for backward of one step, the first one's, each with its part of the tape. No
+     * gradients of weights: they are an ordinary call's, given dh. What comes from the steps after
+     * is in dh_0 and dc_0, and what goes to those before comes there; dh_n, dc_n, dy and run are
+     * not read. dx of the lowest is [steps, B, I]; of the others, a step's. */
+    const rf_backward_args *layers;
+    int n;
+    ptrdiff_t steps;
+    rf_head_backward head; /* as of the first step; dx is not read */
+    ptrdiff_t dx_step, d_o_step, dh_step, own_step, gates_step, h_step, c_step;
+    void *workspace; /* loop_workspace() bytes */
+    rf_run run;
+} rf_loop_backward_args;
+
+/* What a loop returns; if it is not the first, what came out is void: ended early, by poll or a
+ * fork in it, or there was no token to choose. */
+typedef enum { RF_LOOP_DONE, RF_LOOP_ENDED, RF_LOOP_NO_TOKEN } rf_loop_end;
+
 /* The kernels of one isa and one dtype. Size functions return bytes, or -1 if that overflows. */
 typedef struct {
     const char *isa;
@@ -184,6 +260,13 @@ typedef struct {
      * row; with two directions, which add to one dx, all slices of the first come first, so that
      * each is given to calls of its own, with D = 1. */
     ptrdiff_t (*backward_panel_steps)(const rf_shape *shape);
+    /* weight [O, N], bias [O] or NULL. */
+    ptrdiff_t (*head_pack_size)(ptrdiff_t N, ptrdiff_t O, rf_pack_kind kind);
+    int (*head_pack)(ptrdiff_t N, ptrdiff_t O, rf_pack_kind kind, const void *weight,
+                     const void *bias, void *out, rf_run *run);
+    ptrdiff_t (*loop_workspace)(int n, ptrdiff_t B, ptrdiff_t N, ptrdiff_t O);
+    rf_loop_end (*loop)(rf_loop_args *args);
+    rf_loop_end (*loop_backward)(rf_loop_backward_args *args);
     void (*vmath)(rf_vmath_id f, ptrdiff_t n, const void *in, void *out);
     /* Multiplies and adds in registers alone, on `threads` workers; returns the operations done:
      * what the benchmarks time as the machine's peak. */

@@ -4,7 +4,7 @@
 Mirrors kernels.h and the headers beside it, name by name; Cython reads this file with _kernels.pyx.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 
 
 cdef extern from *:
@@ -113,7 +113,9 @@ cdef extern from "kernels.h":
         rf_shape shape
         int reverse
         Py_ssize_t step0, step1
-        rf_seq x, y
+        rf_seq x
+        int one_hot
+        rf_seq y
         const Py_ssize_t *lengths
         const Py_ssize_t *times
         const rf_between *between
@@ -157,6 +159,53 @@ cdef extern from "kernels.h":
         RF_EXP
         RF_TANH
         RF_SIGMOID
+    ctypedef enum rf_choice:
+        RF_VALUE
+        RF_ARGMAX
+        RF_SAMPLE
+    ctypedef struct rf_head:
+        Py_ssize_t B, N, O, I
+        const void *pack
+        void *o
+        Py_ssize_t o_row
+        int choice
+        Py_ssize_t *tokens
+        Py_ssize_t tokens_row
+        double temperature
+        uint64_t key, t, row0
+        const void *table
+        void *x
+        Py_ssize_t x_row
+        const uint8_t *own
+    ctypedef struct rf_head_backward:
+        Py_ssize_t B, N, O
+        const void *pack
+        void *d_o
+        const void *dx
+        Py_ssize_t dx_row
+        const uint8_t *own
+        void *dh
+    ctypedef struct rf_loop_args:
+        rf_forward_args *layers
+        int n
+        Py_ssize_t steps
+        rf_head head
+        Py_ssize_t x_step, o_step, tokens_step, own_step, gates_step, h_step, c_step
+        void *workspace
+        Py_ssize_t failed_step, failed_row
+        rf_run run
+    ctypedef struct rf_loop_backward_args:
+        const rf_backward_args *layers
+        int n
+        Py_ssize_t steps
+        rf_head_backward head
+        Py_ssize_t dx_step, d_o_step, dh_step, own_step, gates_step, h_step, c_step
+        void *workspace
+        rf_run run
+    ctypedef enum rf_loop_end:
+        RF_LOOP_DONE
+        RF_LOOP_ENDED
+        RF_LOOP_NO_TOKEN
     ctypedef struct rf_kernels:
         const char *isa
         Py_ssize_t element
@@ -169,6 +218,13 @@ cdef extern from "kernels.h":
         Py_ssize_t (*backward_workspace)(const rf_shape *, int) noexcept nogil
         int (*backward)(rf_backward_args *) noexcept nogil
         Py_ssize_t (*backward_panel_steps)(const rf_shape *) noexcept nogil
+        Py_ssize_t (*head_pack_size)(Py_ssize_t, Py_ssize_t, rf_pack_kind) noexcept nogil
+        int (*head_pack)(
+            Py_ssize_t, Py_ssize_t, rf_pack_kind, const void *, const void *, void *, rf_run *
+        ) noexcept nogil
+        Py_ssize_t (*loop_workspace)(int, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
+        rf_loop_end (*loop)(rf_loop_args *) noexcept nogil
+        rf_loop_end (*loop_backward)(rf_loop_backward_args *) noexcept nogil
         void (*vmath)(rf_vmath_id, Py_ssize_t, const void *, void *) noexcept nogil
         double (*multiply_add)(Py_ssize_t, int) noexcept nogil
         double (*read)(const void *, Py_ssize_t, Py_ssize_t, int) noexcept nogil

@@ -10,6 +10,7 @@ from typing import Any
 FORWARD: int  # what a pack is for
 BACKWARD: int
 PLANS: tuple[str, ...]  # "auto" and those of rf_plan; a plan's number is its index
+CHOICES: tuple[str, ...]  # a closed loop's; a choice's number, as in rf_choice, is its index
 ISAS: tuple[str, ...]  # compiled in, weakest first; e.g. ("base", "avx2", "avx512")
 
 def isa() -> str: ...
@@ -210,6 +211,52 @@ class Stepper:
     def __enter__(self) -> None:
         """Keeps other calls out; ValueError if one is under way, as in these."""
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None: ...
+
+def closed_loop(
+    packs: tuple[Pack, ...],  # FORWARD, of layers of one direction
+    h: Any,  # in, out [L, B, N]: changed only if the call ends well
+    c: Any,  # likewise [L, B, H], or None
+    weight: Any,  # [O, N] of the head
+    bias: Any,  # [O] or None
+    x: Any,  # in, out [steps, B, I]: x[0], all numbers of x but each row's first O, and rows that
+    # are not `own` are given. Of tokens [1, B, I], one-hot [1, B, 1], with the first step's
+    own: Any,  # bool [steps, B] or None: rows of x whose first O numbers are the o before; not x[0]
+    outputs: Any,  # out [steps, B, O] or None; any strides but the last
+    tokens: Any,  # out intp [steps, B], any strides; None if choice is "value"
+    table: Any,  # [O, I] inputs by token, or None
+    one_hot: bool,  # rows of x are the place of their only 1
+    choice: int,  # its index in CHOICES
+    steps: int,
+    B: int,
+    O: int,
+    temperature: float,
+    seed: int,
+    step0: int,
+    row0: int,
+    hold_h: float,  # without a tape: the share of the state before in that after
+    hold_c: float,
+    tapes: tuple[tuple[Any, ...], ...] | None,  # for each layer gates, h, c as of `forward`, and
+    # y [steps, B, N], the x of the layer above, or None
+    threads: int,
+    plan: int,
+) -> tuple[str, int] | tuple[int, int]:
+    """Returns what ran, or step and row where no token could be chosen; then, as with an error,
+    the states are as they were. May raise MemoryError, KeyboardInterrupt."""
+
+def closed_loop_backward(
+    packs: tuple[Pack, ...],  # BACKWARD
+    tapes: tuple[tuple[Any, Any, Any], ...],  # gates, h, c of each layer
+    weight: Any,  # [O, N]
+    d_outputs: Any,  # in, out [steps, B, O]: by each o as a result; then by each o
+    dx: Any,  # out [steps, B, I]
+    own: Any,  # as of the forward call
+    dh: Any,  # out [steps, B, N]: by the last layer's h through o, as a dy
+    dh_state: Any,  # in, out [L, B, N]: by the last states; then by the first ones
+    dc_state: Any,  # likewise [L, B, H], or None
+    threads: int,
+    plan: int,
+) -> None:
+    """All but the gradients of weights. May raise MemoryError, KeyboardInterrupt."""
 
 def dropout(
     x: Any, out: Any, p: float, seed: int, call: int, layer: int, threads: int, plan: int

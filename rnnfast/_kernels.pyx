@@ -5,10 +5,11 @@ Knows the buffer protocol, and csrc/kernels.h as _kernels.pxd mirrors it. Trusts
 `checks` and `functional` have looked at them. Signatures and shapes stand in _kernels.pyi.
 """
 
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 
+CHOICES = ("value", "argmax", "sample")
 FORWARD = RF_PACK_FORWARD
 BACKWARD = RF_PACK_BACKWARD
 PLANS = ("auto", "serial", "batch", "units", "directions", "wavefront")
@@ -545,6 +546,7 @@ cdef int take_forward(
     """All of a forward call's arguments but reverse, workspace and run."""
     cdef int i
     take_seq(views, x, 0, &args.x)
+    args.one_hot = 0
     args.shape = pack.shape
     args.shape.T, args.shape.B = views.T, views.B
     args.step0, args.step1 = 0, args.shape.T
@@ -974,6 +976,268 @@ cdef class Stepper:
         finally:
             rf_block_give(memory)
             release(&views)
+
+
+# ---- the closed loop ------------------------------------------------------------------------------
+
+cdef class _Bytes:
+    """Hands out 64-byte aligned pieces of a block, once their sizes are known; -1: one overflowed."""
+
+    cdef rf_block block
+    cdef Py_ssize_t used
+
+    def __dealloc__(self):
+        rf_block_give(self.block)
+
+    cdef Py_ssize_t add(self, Py_ssize_t count, Py_ssize_t size):
+        """Where a piece of so many bytes will lie."""
+        cdef Py_ssize_t at = self.used
+        if count < 0 or size < 0 or (size > 0 and count > PY_SSIZE_T_MAX // size):
+            self.used = -1
+        else:
+            self.used = sum_of(at, whole_lines(count * size))
+        return at
+
+    cdef int take(self) except -1:
+        self.block = allocate(self.used)
+        return 0
+
+    cdef inline char *at(self, Py_ssize_t place) noexcept:
+        return <char *>self.block.data + place
+
+
+cdef inline Py_ssize_t row_of(Views *views) noexcept:
+    """Numbers between rows [.., B, ..] of the array taken last: its second axis of two or three."""
+    cdef Py_buffer *view = &views.view[views.n - 1]
+    return view.strides[1] // view.itemsize
+
+
+cdef inline Py_ssize_t step_of(Views *views) noexcept:
+    cdef Py_buffer *view = &views.view[views.n - 1]
+    return view.strides[0] // view.itemsize
+
+
+def closed_loop(
+    tuple packs, h, c, weight, bias, x, own, outputs, tokens, table, bint one_hot, int choice,
+    Py_ssize_t steps, Py_ssize_t B, Py_ssize_t O, double temperature, uint64_t seed,
+    uint64_t step0, uint64_t row0, double hold_h, double hold_c, tuple tapes, int threads, int plan,
+):
+    cdef Py_ssize_t n = len(packs), i, element, N, H, workspace = 0
+    cdef Py_ssize_t views_at, layers_at, states_at, pack_at, loop_at, workspace_at
+    cdef Py_ssize_t h_bytes, c_bytes
+    cdef rf_loop_args args
+    cdef rf_between between
+    cdef rf_forward_args *layer
+    cdef rf_shape shape
+    cdef Pack pack = packs[0]
+    cdef const rf_kernels *kernels = pack.kernels
+    cdef _Bytes memory = _Bytes()
+    cdef Views views  # of all but the tapes
+    cdef Views *taken = NULL
+    cdef void *h_state
+    cdef void *c_state
+    cdef void *W
+    cdef void *b
+    cdef int failed
+    memset(&args, 0, sizeof(args))
+    memset(&between, 0, sizeof(between))
+    between.hold_h, between.hold_c = hold_h, hold_c
+    begin(&views)
+    args.n = <int>n
+    args.steps = steps
+    element = pack.kernels.element
+    H, N = pack.shape.H, h_size(&pack.shape)
+    h_bytes, c_bytes = B * N * element, B * H * element
+    try:
+        for pack in packs:
+            if pack.kernels != kernels:  # set_isa, in a signal's handler between two packs
+                raise ValueError("isa: got another one during this call; needs the same throughout")
+            shape = pack.shape
+            shape.T, shape.B = 1, B
+            workspace = most_of(workspace, kernels.forward_workspace(&shape, threads))
+        views_at = memory.add(n, sizeof(Views))
+        layers_at = memory.add(n, sizeof(rf_forward_args))
+        states_at = memory.add(n, h_bytes)
+        memory.add(n, c_bytes)
+        pack_at = memory.add(1, kernels.head_pack_size(N, O, RF_PACK_FORWARD))
+        loop_at = memory.add(1, kernels.loop_workspace(<int>n, B, N, O))
+        workspace_at = memory.add(1, workspace)
+        memory.take()
+        taken = <Views *>memory.at(views_at)
+        for i in range(n):
+            begin(&taken[i])
+        take(&views, h, PyBUF_WRITABLE, &h_state)
+        take(&views, c, PyBUF_WRITABLE, &c_state)
+        memcpy(memory.at(states_at), h_state, n * h_bytes)
+        if c_state != NULL:
+            memcpy(memory.at(states_at) + whole_lines(n * h_bytes), c_state, n * c_bytes)
+        set_run(&args.run, threads, plan)
+
+        args.layers = <rf_forward_args *>memory.at(layers_at)
+        memset(args.layers, 0, n * sizeof(rf_forward_args))
+        for i in range(n):
+            layer = &args.layers[i]
+            pack = packs[i]
+            layer.shape = pack.shape
+            layer.shape.T = layer.step1 = 1
+            layer.shape.B = B
+            layer.pack[0] = pack.direction[0]
+            layer.h_n = memory.at(states_at) + i * h_bytes
+            if c_state != NULL:
+                layer.c_n = memory.at(states_at) + whole_lines(n * h_bytes) + i * c_bytes
+            layer.x.row = layer.y.row = N
+            if hold_h > 0 or hold_c > 0:
+                layer.between = &between
+            layer.workspace = memory.at(workspace_at)
+            if tapes is not None:
+                gates, h_tape, c_tape, y = tapes[i]
+                take(&taken[i], gates, PyBUF_WRITABLE, &layer.tape.gates)
+                if gates is not None:
+                    args.gates_step = B * gates.shape[3] * H
+                take(&taken[i], h_tape, PyBUF_WRITABLE, &layer.tape.h)
+                take(&taken[i], c_tape, PyBUF_WRITABLE, &layer.tape.c)
+                take(&taken[i], y, PyBUF_WRITABLE, &layer.y.data)
+        args.h_step, args.c_step = B * N, B * H
+        layer = &args.layers[0]
+        take(&views, x, PyBUF_WRITABLE, &layer.x.data)
+        layer.one_hot = one_hot
+        layer.x.row = args.head.x_row = row_of(&views)
+        args.x_step = 0 if choice != RF_VALUE else step_of(&views)
+        args.head.x = <char *>layer.x.data + args.x_step * element
+
+        args.head.B, args.head.N, args.head.O, args.head.I = B, N, O, layer.shape.I
+        args.head.choice = choice
+        args.head.temperature = temperature
+        args.head.key, args.head.t, args.head.row0 = dropout_mix(seed), step0, row0
+        take(&views, outputs, PyBUF_WRITABLE, &args.head.o)
+        if outputs is not None:
+            args.o_step, args.head.o_row = step_of(&views), row_of(&views)
+        take(&views, tokens, PyBUF_WRITABLE, <void **>&args.head.tokens)
+        if tokens is not None:
+            args.tokens_step, args.head.tokens_row = step_of(&views), row_of(&views)
+        take(&views, own, 0, <void **>&args.head.own)
+        if own is not None:
+            args.head.own += B  # of the second step's input
+            args.own_step = B
+        take(&views, table, 0, <void **>&args.head.table)
+        take(&views, weight, 0, &W)
+        take(&views, bias, 0, &b)
+        args.head.pack = memory.at(pack_at)
+        args.workspace = memory.at(loop_at)
+        with nogil:
+            failed = kernels.head_pack(
+                N, O, RF_PACK_FORWARD, W, b, <void *>args.head.pack, &args.run)
+            if not failed:
+                failed = kernels.loop(&args)
+        rf_propagate(failed == RF_LOOP_ENDED)
+        if failed:
+            return args.failed_step, args.failed_row
+        memcpy(h_state, memory.at(states_at), n * h_bytes)
+        if c_state != NULL:
+            memcpy(c_state, memory.at(states_at) + whole_lines(n * h_bytes), n * c_bytes)
+    finally:
+        release(&views)
+        if taken != NULL:
+            for i in range(n):
+                release(&taken[i])
+    return PLANS[args.run.ran_plan], args.run.ran_threads
+
+
+def closed_loop_backward(
+    tuple packs, tuple tapes, weight, d_outputs, dx, own, dh, dh_state, dc_state, int threads,
+    int plan,
+):
+    cdef Py_ssize_t n = len(packs), i, element, N, H, I, O, B, workspace = 0
+    cdef Py_ssize_t views_at, layers_at, between_at, pack_at, loop_at, workspace_at
+    cdef rf_loop_backward_args args
+    cdef rf_backward_args *layer
+    cdef rf_shape shape
+    cdef Pack pack = packs[0]
+    cdef const rf_kernels *kernels = pack.kernels
+    cdef _Bytes memory = _Bytes()
+    cdef Views views
+    cdef Views *taken = NULL
+    cdef char *dh_0
+    cdef char *dc_0
+    cdef void *W
+    cdef int failed
+    memset(&args, 0, sizeof(args))
+    begin(&views)
+    args.n = <int>n
+    args.steps, B, O = d_outputs.shape
+    I, H, N = pack.shape.I, pack.shape.H, h_size(&pack.shape)
+    element = pack.kernels.element
+    try:
+        for pack in packs:
+            if pack.kernels != kernels:
+                raise ValueError("isa: got another one during this call; needs the same throughout")
+            shape = pack.shape
+            shape.T, shape.B = 1, B
+            workspace = most_of(workspace, kernels.backward_workspace(&shape, threads))
+        views_at = memory.add(n, sizeof(Views))
+        layers_at = memory.add(n, sizeof(rf_backward_args))
+        between_at = memory.add(2, whole_lines(B * N * element))
+        pack_at = memory.add(1, kernels.head_pack_size(N, O, RF_PACK_BACKWARD))
+        loop_at = memory.add(1, kernels.loop_workspace(<int>n, B, N, O))
+        workspace_at = memory.add(1, workspace)
+        memory.take()
+        taken = <Views *>memory.at(views_at)
+        for i in range(n):
+            begin(&taken[i])
+        take(&views, dh_state, PyBUF_WRITABLE, <void **>&dh_0)
+        take(&views, dc_state, PyBUF_WRITABLE, <void **>&dc_0)
+        set_run(&args.run, threads, plan)
+
+        args.layers = <rf_backward_args *>memory.at(layers_at)
+        memset(args.layers, 0, n * sizeof(rf_backward_args))
+        for i in range(n):
+            layer = &args.layers[i]
+            pack = packs[i]
+            layer.shape = pack.shape
+            layer.shape.T = layer.step1 = 1
+            layer.shape.B = B
+            layer.pack[0] = pack.direction[0]
+            layer.dh_0 = dh_0 + i * B * N * element
+            if dc_0 != NULL:
+                layer.dc_0 = dc_0 + i * B * H * element
+            layer.dx.data = memory.at(between_at) + (i & 1) * whole_lines(B * N * element)
+            layer.dx.row = N
+            layer.workspace = memory.at(workspace_at)
+            gates, h_tape, c_tape = tapes[i]
+            take(&taken[i], gates, 0, &layer.tape.gates)
+            if gates is not None:
+                args.gates_step = B * gates.shape[3] * H
+            take(&taken[i], h_tape, 0, &layer.tape.h)
+            take(&taken[i], c_tape, 0, &layer.tape.c)
+        args.h_step, args.c_step = B * N, B * H
+        layer = &args.layers[0]
+        take(&views, dx, PyBUF_WRITABLE, &layer.dx.data)
+        layer.dx.row = args.head.dx_row = I
+        args.dx_step = B * I
+
+        args.head.B, args.head.N, args.head.O = B, N, O
+        take(&views, d_outputs, PyBUF_WRITABLE, &args.head.d_o)
+        args.d_o_step = B * O
+        take(&views, dh, PyBUF_WRITABLE, &args.head.dh)
+        args.dh_step = B * N
+        take(&views, own, 0, <void **>&args.head.own)
+        if own is not None:
+            args.head.own += B  # of the second step's input
+            args.own_step = B
+        take(&views, weight, 0, &W)
+        args.head.pack = memory.at(pack_at)
+        args.workspace = memory.at(loop_at)
+        with nogil:
+            failed = kernels.head_pack(
+                N, O, RF_PACK_BACKWARD, W, NULL, <void *>args.head.pack, &args.run)
+            if not failed:
+                failed = kernels.loop_backward(&args)
+        rf_propagate(failed)
+    finally:
+        release(&views)
+        if taken != NULL:
+            for i in range(n):
+                release(&taken[i])
 
 
 # ---- the rest -------------------------------------------------------------------------------------

@@ -32,9 +32,12 @@ ndarray = np.ndarray
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
 INTP = np.dtype(np.intp)
+BOOL = np.dtype(np.bool_)
 
 MAX_THREADS = 256  # workers of the pool in csrc/pool.c
 MAX_SEED = 2**63 - 1
+MAX_ROWS = 2**31 - 1  # whose draws are numbered
+MOST_ONE_HOT = 2**24  # a token is kept as a float32
 DLPACK_HOSTS = 1, 3  # device types of memory that the CPU reads: its own, and pinned
 # Below this many numbers no product of sizes can overflow nor be worth comparing with the memory.
 SURELY_SMALL = 2**24
@@ -852,6 +855,74 @@ def weights(
                 own[at[p]] = exact(labels[p], array, dtype, shapes[at[p]], words[at[p]])
         found.append(tuple(own))
     return tuple(found)
+
+
+def parameter(
+    name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...], letters: str
+) -> ndarray:
+    """A C-contiguous, aligned array of this shape; of a tensor that wants gradients, its values.
+
+    >>> parameter("table", np.zeros((2, 3)), FLOAT64, (2, 4), "V, I")
+    Traceback (most recent call last):
+    ValueError: table: got shape (2, 3); needs [V, I] = (2, 4)
+    """
+    array = as_array(name, value, dtype, detach=True)
+    if array.shape != shape:
+        _shape(name, array, shape, letters)
+    return contiguous(array)
+
+
+def pair(name: str, value: Any, parts: str) -> tuple[Any, Any]:
+    """Two things in a tuple or list.
+
+    >>> pair("head", [1, 2], "weight and bias")
+    (1, 2)
+    """
+    if type(value) not in (tuple, list) or len(value) != 2:
+        wrong = type(value) in (tuple, list)
+        fail(ValueError if wrong else TypeError, name, describe(value), f"a pair: {parts}")
+    first, second = tuple(value)
+    return first, second
+
+
+def head(name: str, value: Any, dtype: np.dtype, N: int) -> tuple[ndarray, ndarray | None]:
+    """A linear map of h: weight [O, N] and bias [O], or None.
+
+    >>> [part.shape for part in head("head", (np.zeros((2, 5)), np.zeros(2)), FLOAT64, 5)]
+    [(2, 5), (2,)]
+    """
+    weight, bias = pair(name, value, f"weight [O, {N}] and bias [O], or None for none")
+    weight = as_array(f"{name} (weight)", weight, dtype, detach=True)
+    if weight.ndim != 2 or weight.shape[1] != N or not weight.shape[0]:
+        needs = f"[O, N] = (O, {N}), O at least 1"
+        fail(ValueError, f"{name} (weight)", f"shape {weight.shape}", needs)
+    if bias is not None:
+        bias = parameter(f"{name} (bias)", bias, dtype, weight.shape[:1], "O")
+    return contiguous(weight), bias
+
+
+def tokens(name: str, value: Any, V: int) -> tuple[ndarray, tuple[int, ...]]:
+    """Tokens in 0..V-1 as a fresh intp [B], and the shape they came in: (B,), or () for an integer.
+
+    >>> tokens("first", 3, 5)
+    (array([3]), ())
+    """
+    needs = f"tokens, integers in 0..{V - 1}"
+    if isinstance(value, (int, np.integer)):
+        return np.array([integer(name, value, 0, V - 1)], INTP), ()
+    if type(value) in (list, tuple, range):
+        own = [integer(f"{name}[{b}]", one, 0, V - 1) for b, one in enumerate(tuple(value))]
+        return np.array(own, INTP), (len(own),)
+    value = raw_array(name, value, INTP, False, needs)
+    if value.dtype.kind not in "iu":
+        fail(TypeError, name, describe(value), needs)
+    if value.ndim > 1:
+        fail(ValueError, name, f"shape {value.shape}", f"{needs}, one for each row")
+    own = value.copy()
+    if own.size and not (own.min() >= 0 and own.max() < V):
+        wrong = own[(own < 0) | (own >= V)]
+        fail(ValueError, name, describe(int(wrong[0] if own.ndim else own)), needs)
+    return own.astype(INTP, copy=False).reshape(-1), own.shape
 
 
 def entries(

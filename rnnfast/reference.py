@@ -725,3 +725,108 @@ def dropout_mask(seed, call, layer, T, B, N, p):
     row = mix(key + ((t << np.uint64(32)) | b))
     element = mix(row + unit)
     return (element >> np.uint64(11)) * 2.0**-53 >= p  # 53 bits: a uniform number in [0, 1)
+
+
+# ---------------------------------------------------------------------------------- closed loop
+
+
+def uniform(seed, t, b):
+    """The number in [0, 1), of 53 bits, that decides what row b draws at step t.
+
+    >>> 0 <= uniform(1, 0, 0) < 1
+    True
+    """
+    key = mix(np.array([seed], np.uint64))
+    row = mix(key + np.array([t << 32 | b], np.uint64))
+    return float((mix(row) >> np.uint64(11))[0] * 2.0**-53)
+
+
+def draw(logits, temperature, u):
+    """The token that u in [0, 1) draws from softmax(logits / temperature), by the inverse of its
+    distribution function: the first up to which the probabilities sum up to more than u.
+
+    >>> [draw(np.log([0.25, 0.5, 0.25]), 1.0, u) for u in (0.0, 0.2, 0.3, 0.7, 0.8)]
+    [0, 0, 1, 1, 2]
+    """
+    terms = np.exp((logits - logits.max()) / temperature)
+    sums = np.cumsum(terms)
+    return int(np.searchsorted(sums, u * sums[-1], side="right"))
+
+
+def closed_loop(
+    cell, first, steps, state, params, head, *, choice="value", table=None, covariates=None,
+    teacher=None, temperature=1.0, seed=0, step0=0, row0=0,
+):  # fmt: skip
+    """A stack of one direction whose input at each step is made of its own output before.
+
+    o_t = weight h_t + bias, head = (weight [O, N], bias [O] or None), h_t the last layer's. With
+    choice "value" x_t is o_{t-1}, then the covariates [T, B, K] of step t, if there are any; o_{-1}
+    is first [B, O]. teacher: (inputs [T, B, O], mask [T, B]), x_t where the mask is true, instead
+    of o_{t-1}. With "argmax" and "sample" x_t is the row of table [O, I] (None: the identity) of
+    the token that o_{t-1} chooses; first is B tokens. See `draw`, `uniform`.
+
+    Returns o [T, B, O], tokens [T, B] or None, the last states, and each step's `tapes`.
+
+    >>> doubling = {"weight_ih_l0": 2 * np.eye(1), "weight_hh_l0": np.zeros((1, 1))}
+    >>> one = np.ones((1, 1))
+    >>> o, *_ = closed_loop("rnn_relu", one, 3, None, doubling, (one, None))
+    >>> o[:, 0, 0].tolist()
+    [2.0, 4.0, 8.0]
+    """
+    weight, bias = head
+    if choice == "value":
+        before = first
+    elif table is None:
+        table = np.eye(len(weight))
+    outputs, tokens, tapes = [], [], []
+    token = first
+    for t in range(steps):
+        if choice == "value":
+            x = before
+            if teacher is not None:
+                inputs, mask = teacher
+                x = np.where(mask[t][:, None], inputs[t], x)
+            if covariates is not None:
+                x = np.concatenate([x, covariates[t]], axis=1)
+        else:
+            x = table[token]
+        y, state, tape = stack_forward(cell, x[None], state, params)
+        before = y[0] @ weight.T + (0 if bias is None else bias)
+        if choice == "argmax":
+            token = before.argmax(axis=1)
+        elif choice == "sample":
+            rows = enumerate(before, row0)
+            token = [draw(o, temperature, uniform(seed, step0 + t, b)) for b, o in rows]
+        outputs.append(before)
+        tokens.append(token)
+        tapes.append((y[0], tape))
+    chosen = None if choice == "value" else np.array(tokens, np.intp).reshape(steps, len(first))
+    return np.array(outputs).reshape(steps, len(first), len(weight)), chosen, state, tapes
+
+
+def closed_loop_backward(cell, tapes, params, head, d_outputs, dstate, *, teacher=None):
+    """Gradients of a `closed_loop` with choice "value", from its `tapes`.
+
+    d_outputs [T, B, O]: by each o as a result. Each is also the next step's input, where no teacher
+    gave that: d o_t = d_outputs_t + (dx_{t+1}'s first O numbers). Returns a dict as of
+    `stack_backward`, x [T, B, I], first [B, O], and weight and bias of the head.
+    """
+    weight, _ = head
+    O = len(weight)
+    total = dict(weight=np.zeros_like(weight), bias=np.zeros(O, weight.dtype))
+    dxs, carried = [], 0
+    for t in reversed(range(len(tapes))):
+        h, tape = tapes[t]
+        d_o = d_outputs[t] + carried
+        total["weight"] = total["weight"] + d_o.T @ h
+        total["bias"] = total["bias"] + d_o.sum(axis=0)
+        grads = stack_backward(cell, tape, params, (d_o @ weight)[None], dstate)
+        dstate = grads.pop("state")
+        (dx,) = grads.pop("x")
+        carried = dx[:, :O]
+        if teacher is not None:
+            carried = np.where(teacher[1][t][:, None], 0, carried)
+        dxs.append(dx)
+        for name, grad in grads.items():
+            total[name] = total.get(name, 0) + grad
+    return dict(total, x=np.array(dxs[::-1]), first=carried, state=dstate)

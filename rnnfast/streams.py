@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from . import _kernels, checks, config
+from .closed_loop import Loop
 from .functional import FORWARD
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Stream:
     """
 
     __slots__ = (
-        "_cell", "_dtype", "_first", "_row", "_rows", "_sizes", "_states", "_step", "_stepper",
+        "_cell", "_dtype", "_first", "_hold", "_packs", "_row", "_rows", "_sizes", "_states",
+        "_step", "_stepper",
     )  # fmt: skip
 
     def __init__(self, module: Recurrent, batch_size: int) -> None:
@@ -55,9 +57,9 @@ class Stream:
         self._states = (h, c)[: len(self._cell.states)]
         self._first = [one.copy() for one in module._initial or ()] or (0, 0)
         self._set_all(self._first)
-        packs = tuple(module._kept(FORWARD) or module._pack_all(FORWARD))
+        self._packs = packs = tuple(module._kept(FORWARD) or module._pack_all(FORWARD))
         h, c = self._states if "c" in self._cell.states else (self._states[0], None)
-        hold = module._regular.zoneout if module._regular else (0.0, 0.0)
+        self._hold = hold = module._regular.zoneout if module._regular else (0.0, 0.0)
         self._stepper = stepper = _kernels.Stepper(
             packs, h, c, B, config.threads, config.plan, *hold
         )
@@ -114,6 +116,36 @@ class Stream:
         if target is not y:
             y[...] = target
         return y if out is None else out
+
+    def generate(
+        self, first: Any, steps: int, head: Any, choice: str = "value", *, table: Any = None,
+        covariates: Any = None, temperature: float | None = None, seed: int | None = None,
+        logits: bool = False, step0: int = 0, row0: int = 0,
+    ) -> Any:  # fmt: skip
+        """Steps whose input is what a head made of the step before: see a module's `generate`.
+
+        Goes on from the stream's own states and leaves those after the last step, or, if it fails,
+        as they were. `first` without the axis of the batch only if batch_size is 1. Returns the
+        values or tokens, with `logits` a pair of tokens and these.
+
+        >>> from rnnfast import GRU
+        >>> s = GRU(3, 8, seed=0).stream()
+        >>> y = s.process(np.ones((5, 3), np.float32))  # a warm-up
+        >>> head = np.ones((3, 8), np.float32), None
+        >>> ahead = s.generate(head[0] @ y[-1], 4, head)
+        >>> more = s.generate(ahead[-1], 4, head)
+        >>> more.shape
+        (4, 3)
+        """
+        B, I, N = self._sizes
+        loop = Loop(
+            (I, N), self._dtype, B, False, first, steps, head, choice, table, covariates, None,
+            temperature, seed, logits, step0, row0,
+        )  # fmt: skip
+        h, c = (*self._states, None)[:2]
+        with self._stepper:
+            loop.run(self._packs, h, c, self._hold)
+        return loop.result
 
     def _checked(self, name: str, value: Any, steps: bool) -> tuple[np.ndarray, tuple[int, ...]]:
         """An input of one step, or of a block of steps, and the shape of its output."""

@@ -324,7 +324,7 @@ def array_cases(target):
             yield case(label, bad(make))
         if name not in target.optional:
             yield case("None", bad(lambda a: None))
-        if target.name != "load_state_dict":
+        if target.name != "load_state_dict" and name not in ("weight", "bias", "table"):
             yield case("wants gradients", bad(WantsGrad))
 
         yield case("rank 0", bad(lambda a: a.reshape(-1)[0:1].reshape(())))
@@ -665,6 +665,87 @@ def stream_targets():
                 f"{label}.state =", set_state, states, dict.fromkeys(states, (0, 1, 2)),
                 {"h": ("state (h)", "state:"), "c": ("state (c)", "state:")},
             )  # fmt: skip
+
+
+def closed_loop_targets():
+    rng = np.random.default_rng(9)
+    O, K, V = 3, 2, 6
+
+    def random(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    for cls in (rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU):
+        module = cls(O + K, H, 2, seed=1)
+        pair = cls is rnnfast.LSTM
+        states = {k: random(2, B, H) for k in ("h", "c")[: 1 + pair]}
+        head = {"weight": random(O, H), "bias": random(O)}
+
+        def together(a, pair=pair):
+            return (a["h"], a["c"]) if pair else a["h"]
+
+        def flat(y, state, pair=pair):
+            return [y, *(state if pair else (state,))]
+
+        def forecast(a, module=module, together=together, flat=flat):
+            own = a["weight"], a["bias"]
+            values, state = module.generate(
+                a["first"], T, own, state=together(a), covariates=a["covariates"]
+            )
+            return flat(values, state)
+
+        def train(a, module=module, flat=flat):
+            own, mask = (a["weight"], a["bias"]), np.eye(T, B) > 0
+            values, _, tape = module.forecast_train(
+                a["first"], T, own, covariates=a["covariates"], teacher=(a["inputs"], mask)
+            )
+            module.zero_grad()
+            g = module.backward_forecast(tape, a["dvalues"])
+            grads = [g.first, g.covariates, g.weight, g.bias, module.flat_grads.copy()]
+            return [*flat(values, g.state), *grads]
+
+        def tokens(a, module=module, together=together, flat=flat):
+            own, more = (a["weight"], a["bias"]), dict(table=a["table"], seed=1, logits=True)
+            try:
+                chosen, state, logits = module.generate(
+                    np.arange(B), T, own, "sample", together(a), **more
+                )
+            except ValueError as error:  # a token is no NaN
+                assert "no token can be chosen" in str(error), error
+                return [np.full(1, np.nan)]
+            return [*flat(chosen, state), logits]
+
+        def steps(a, module=module):
+            own = a["weight"], a["bias"]
+            stream = module.stream(B)
+            values = stream.generate(a["first"], T, own, covariates=a["covariates"])
+            return [values, np.asarray(stream.state)]
+
+        first = {"first": random(B, O), "covariates": random(T, B, K)}
+        names = {
+            "first": ("first:", "state (h_0)", "covariates:", "teacher (inputs)"),
+            "covariates": ("covariates:",), "inputs": ("teacher (inputs):",),
+            "weight": ("head (weight)", "head (bias)"), "bias": ("head (bias)",),
+            "table": ("table:",), "dvalues": ("dvalues:",),
+            "h": ("state (h_0)", "state:"), "c": ("state (c_0)", "state:"),
+        }  # fmt: skip
+
+        def target(label, call, arrays, optional, names=names):
+            fixed = {k: tuple(range(v.ndim)) for k, v in arrays.items()}
+            own = {k: names[k] for k in arrays}
+            return Target(label, call, arrays, fixed, own, optional)
+
+        label, alone = cls.__name__, () if pair else ("h",)
+        yield target(
+            f"{label}.generate value", forecast, {**first, **head, **states}, ("bias", *alone)
+        )
+        yield target(
+            f"{label}.forecast_train", train,
+            {**first, **head, "inputs": random(T, B, O), "dvalues": random(T, B, O)},
+            ("bias", "dvalues"),
+        )  # fmt: skip
+        large = {"weight": random(V, H), "bias": random(V), "table": random(V, O + K)}
+        yield target(f"{label}.generate sample", tokens, {**large, **states}, ("bias", *alone))
+        yield target(f"{label}.stream({B}).generate", steps, {**first, **head}, ("bias",))
 
 
 def parameter_targets():
@@ -1499,8 +1580,8 @@ def entry_cases():
 def table():
     """All cases, in an order that does not change."""
     targets = (
-        *module_targets(), *functional_targets(), *stream_targets(), *cell_targets(),
-        *parameter_targets(),
+        *module_targets(), *functional_targets(), *stream_targets(), *closed_loop_targets(),
+        *cell_targets(), *parameter_targets(),
     )  # fmt: skip
     for target in targets:
         yield from array_cases(target)

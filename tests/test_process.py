@@ -230,7 +230,11 @@ INTERRUPTED = """
     tape = None
     if {name!r} == "backward":
         _, _, tape = module.forward_train(x)
-    elif {name!r} == "process":
+    elif {name!r} == "backward_forecast":
+        first, head = np.ones((8, 2), np.float32), (np.ones((2, 512), np.float32), None)
+        known = np.broadcast_to(np.float32(0.5), ({steps}, 8, 510))
+        values, _, tape = module.forecast_train(first, {steps}, head, covariates=known)
+    elif {name!r} in ("process", "generate"):
         stream = module.stream(8)
         before_state = [a.tobytes() for a in stream.state]
     module.flat_grads += 1
@@ -240,6 +244,10 @@ INTERRUPTED = """
         "forward_train": lambda: module.forward_train(x),
         "backward": lambda: module.backward(tape, dy),
         "process": lambda: stream.process(x),
+        "generate": lambda: stream.generate(
+            [0] * 8, {steps}, (x[0], None), "sample", table=x[0], seed=1
+        ),
+        "backward_forecast": lambda: module.backward_forecast(tape, values),
     }}
     sent = []
     own = time.pthread_getcpuclockid(threading.main_thread().ident)
@@ -259,21 +267,24 @@ INTERRUPTED = """
     except KeyboardInterrupt:
         waited = [now - then for now, then in zip(clocks(), sent)]
     same = (module.flat.tobytes(), module.flat_grads.tobytes()) == before
-    if {name!r} == "process":
+    if {name!r} in ("process", "generate"):
         same = same and [a.tobytes() for a in stream.state] == before_state
     y, _ = module(np.ones((3, 2, 512), np.float32))
     print(json.dumps([waited, same, bool(np.isfinite(y).all())]))
 """
 
 
+LONG_CALLS = "call", "forward_train", "backward", "process", "generate", "backward_forecast"
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["call", "forward_train", "backward", "process"])
+@pytest.mark.parametrize("name", LONG_CALLS)
 def test_ctrl_c_ends_a_long_call_and_changes_nothing(name, threads):
     program = INTERRUPTED.format(
         name=name,
         threads=threads,
-        steps=1000 if name in ("forward_train", "backward") else 10_000,
-        bidirectional=name != "process",
+        steps=1000 if name in ("forward_train", "backward", "backward_forecast") else 10_000,
+        bidirectional=name in ("call", "forward_train", "backward"),
     )
     waited, same, works = in_child(program)
     assert waited is not None, "the call ended before it was interrupted"

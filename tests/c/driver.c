@@ -4,7 +4,8 @@
  * with a copy. Forward is checked against the loops below, in double; float64 gradients against
  * differences of those loops, float32 gradients against float64 ones; all threads, plans, layouts
  * and slices of the steps, bit for bit. Usage: driver [quick] [tables] [small] [large] [concurrent]
- * [poll] [waves] [isa ...]; of the parts and of the isas all that there are, if none is named. */
+ * [poll] [waves] [loops] [isa ...]; of the parts and of the isas all that there are, if none is
+ * named. */
 #include "../../csrc/kernels.h"
 #include "../../csrc/wavefront.h"
 
@@ -1247,6 +1248,327 @@ static void check_waves(void) {
     }
 }
 
+/* --- The closed loop ------------------------------------------------------------------------- */
+
+enum { LOOP_LAYERS = 2 };
+
+/* A loop's own results, each a buffer, in the order in which they are compared. */
+typedef struct {
+    buffer *all[40];
+    int n;
+    buffer *x, *o, *tokens, *h[LOOP_LAYERS], *gates[LOOP_LAYERS], *h_tape[LOOP_LAYERS],
+        *c_tape[LOOP_LAYERS], *state[LOOP_LAYERS][2], *dx, *d_o, *dh, *d_state[LOOP_LAYERS][2];
+} loop_results;
+
+typedef struct {
+    int n, choice, one_hot;
+    ptrdiff_t O;
+    problem layer[LOOP_LAYERS];
+    double *weight, *bias, *table, *x, *d_o;
+    uint8_t *own;
+} loop_problem;
+
+static buffer *loop_out(run_buffers *run, loop_results *r, const char *name, ptrdiff_t n) {
+    return r->all[r->n++] = allocate(run, name, n * run->element, 0);
+}
+
+static buffer *loop_in_out(run_buffers *run, loop_results *r, const char *name,
+                           const double *values, ptrdiff_t n) {
+    buffer *b = loop_out(run, r, name, n);
+    for (ptrdiff_t i = 0; i < n; i++) put_number(run, b->data, i, values[i]);
+    return b;
+}
+
+/* Forward; of values also backward. */
+static loop_results run_loop(run_buffers *run, const loop_problem *q, const rf_kernels *k,
+                             int threads, int plan) {
+    const rf_shape *s = &q->layer[0].shape;
+    const ptrdiff_t T = s->T, B = s->B, H = s->H, N = h_size(&q->layer[0]), O = q->O, I = s->I;
+    const int Gt = cells[s->cell].tape_gates, has_c = cells[s->cell].has_c;
+    const int values = q->choice == RF_VALUE, width = q->one_hot ? 1 : (int)I;
+    rf_run how = {.threads = threads, .plan = plan};
+    loop_results r = {.n = 0};
+    rf_forward_args layers[LOOP_LAYERS];
+    rf_backward_args back[LOOP_LAYERS];
+    for (int i = 0; i < q->n; i++) {
+        const problem *p = &q->layer[i];
+        rf_shape one = p->shape;
+        one.T = 1;
+        r.state[i][0] = loop_in_out(run, &r, "h", p->param[H_0], B * N);
+        if (has_c) r.state[i][1] = loop_in_out(run, &r, "c", p->param[C_0], B * H);
+        rf_forward_args *f = &layers[i];
+        *f = (rf_forward_args){.shape = one, .step1 = 1, .one_hot = i == 0 && q->one_hot};
+        f->pack[0] = run_pack(run, p, k, RF_PACK_FORWARD, 0, 1);
+        f->h_n = r.state[i][0]->data;
+        f->c_n = has_c ? r.state[i][1]->data : NULL;
+        f->x.row = f->y.row = N;
+        f->workspace = allocate(run, "workspace", k->forward_workspace(&one, threads), 1)->data;
+        if (!values) continue;
+        if (Gt) f->tape.gates = (r.gates[i] = loop_out(run, &r, "gates", T * B * Gt * H))->data;
+        f->tape.h = (r.h_tape[i] = loop_out(run, &r, "h_tape", (T + 1) * B * N))->data;
+        if (has_c) f->tape.c = (r.c_tape[i] = loop_out(run, &r, "c_tape", (T + 1) * B * H))->data;
+        if (i + 1 < q->n) f->y.data = (r.h[i] = loop_out(run, &r, "y", T * B * N))->data;
+    }
+    r.x = loop_in_out(run, &r, "x", q->x, (values ? T : 1) * B * width);
+    layers[0].x = (rf_seq){r.x->data, 0, width, NULL};
+    r.o = loop_out(run, &r, "o", T * B * O);
+    void *weight = dense_in(run, "head", q->weight, O * N);
+    void *bias = q->bias ? dense_in(run, "head bias", q->bias, O) : NULL;
+    void *pack[2];
+    for (int kind = 0; kind < 2; kind++) {
+        buffer *b = allocate(run, "head pack", k->head_pack_size(N, O, (rf_pack_kind)kind), 1);
+        k->head_pack(N, O, (rf_pack_kind)kind, weight, bias, pack[kind] = b->data, &how);
+        protect(b);
+    }
+    buffer *own = NULL;
+    if (q->own) {
+        own = allocate(run, "own", T * B, 0);
+        memcpy(own->data, q->own, own->bytes);
+        protect(own);
+    }
+    rf_loop_args f = {.layers = layers, .n = q->n, .steps = T, .run = how};
+    f.x_step = values ? B * I : 0;
+    f.o_step = B * O;
+    f.tokens_step = f.own_step = B;
+    f.gates_step = B * Gt * H;
+    f.h_step = B * N;
+    f.c_step = B * H;
+    f.workspace = allocate(run, "loop", k->loop_workspace(q->n, B, N, O), 1)->data;
+    f.head = (rf_head){.B = B,
+                       .N = N,
+                       .O = O,
+                       .I = I,
+                       .pack = pack[0],
+                       .o = r.o->data,
+                       .o_row = O,
+                       .choice = q->choice,
+                       .temperature = 0.8,
+                       .key = 17,
+                       .x = (char *)r.x->data + f.x_step * k->element,
+                       .x_row = width};
+    if (!values) {
+        r.tokens = r.all[r.n++] = allocate(run, "tokens", T * B * (ptrdiff_t)sizeof(ptrdiff_t), 1);
+        f.head.tokens = (ptrdiff_t *)(void *)r.tokens->data;
+        f.head.tokens_row = 1;
+        if (q->table) f.head.table = dense_in(run, "table", q->table, O * I);
+    }
+    if (own) f.head.own = (uint8_t *)own->data + B;
+    if (k->loop(&f) != RF_LOOP_DONE) fail(run->where, "the loop ended early");
+    n_runs++;
+    if (!values) return r;
+
+    r.d_o = loop_in_out(run, &r, "d_o", q->d_o, T * B * O);
+    r.dx = loop_out(run, &r, "dx", T * B * I);
+    r.dh = loop_out(run, &r, "dh", T * B * N);
+    for (int i = 0; i < q->n; i++) {
+        const problem *p = &q->layer[i];
+        rf_backward_args *g = &back[i];
+        *g = (rf_backward_args){.shape = layers[i].shape, .step1 = 1};
+        g->pack[0] = run_pack(run, p, k, RF_PACK_BACKWARD, 0, 1);
+        r.d_state[i][0] = loop_in_out(run, &r, "dh_0", p->seed[1], B * N);
+        g->dh_0 = r.d_state[i][0]->data;
+        if (has_c) {
+            r.d_state[i][1] = loop_in_out(run, &r, "dc_0", p->seed[2], B * H);
+            g->dc_0 = r.d_state[i][1]->data;
+        }
+        g->tape.gates = Gt ? r.gates[i]->data : NULL;
+        g->tape.h = r.h_tape[i]->data;
+        g->tape.c = has_c ? r.c_tape[i]->data : NULL;
+        g->dx.data = i == 0 ? (void *)r.dx->data : dense_out(run, "dx of a step", B * N);
+        g->dx.row = i == 0 ? I : N;
+        g->workspace =
+            allocate(run, "workspace", k->backward_workspace(&g->shape, threads), 1)->data;
+    }
+    rf_loop_backward_args g = {.layers = back, .n = q->n, .steps = T, .run = how};
+    g.dx_step = B * I;
+    g.d_o_step = B * O;
+    g.dh_step = f.h_step;
+    g.own_step = B;
+    g.gates_step = f.gates_step;
+    g.h_step = f.h_step;
+    g.c_step = f.c_step;
+    g.workspace = f.workspace;
+    g.head = (rf_head_backward){
+        .B = B, .N = N, .O = O, .pack = pack[1], .d_o = r.d_o->data, .dx_row = I, .dh = r.dh->data};
+    if (own) g.head.own = (uint8_t *)own->data + B;
+    if (k->loop_backward(&g) != RF_LOOP_DONE) fail(run->where, "the loop back ended early");
+    return r;
+}
+
+/* One row of o from the h that the tape has, and what became of both. */
+static void check_loop_values(const run_buffers *run, const loop_problem *q,
+                              const loop_results *r) {
+    const rf_shape *s = &q->layer[0].shape;
+    const ptrdiff_t T = s->T, B = s->B, I = s->I, N = h_size(&q->layer[0]), O = q->O;
+    const double tolerance = run->element == 4 ? 1e-5 : 1e-13;
+    double *want = numbers(O + N), *got = numbers(O + N);
+    for (ptrdiff_t t = 0; t < T; t++)
+        for (ptrdiff_t b = 0; b < B; b++) {
+            const ptrdiff_t row = t * B + b;
+            const int fed_back = t + 1 < T && (!q->own || q->own[row + B]);
+            for (ptrdiff_t j = 0; j < O; j++) {
+                want[j] = q->bias ? q->bias[j] : 0;
+                for (ptrdiff_t i = 0; i < N; i++)
+                    want[j] += q->weight[j * N + i] *
+                               get_number(run, r->h_tape[q->n - 1]->data, (row + B) * N + i);
+                got[j] = get_number(run, r->o->data, row * O + j);
+                const double next = t + 1 < T ? get_number(run, r->x->data, (row + B) * I + j) : 0;
+                if (t + 1 < T && next != (fed_back ? got[j] : q->x[(row + B) * I + j]))
+                    fail(run->where, "an input is not the output before");
+            }
+            check_block(run->where, "o", got, want, O, tolerance, 0.1);
+            for (ptrdiff_t j = 0; j < O; j++) {
+                want[j] = q->d_o[row * O + j];
+                if (fed_back) want[j] += get_number(run, r->dx->data, (row + B) * I + j);
+                got[j] = get_number(run, r->d_o->data, row * O + j);
+            }
+            check_block(run->where, "d_o", got, want, O, tolerance, 0.1);
+            for (ptrdiff_t i = 0; i < N; i++) {
+                want[O + i] = 0;
+                for (ptrdiff_t j = 0; j < O; j++) want[O + i] += got[j] * q->weight[j * N + i];
+                got[O + i] = get_number(run, r->dh->data, row * N + i);
+            }
+            check_block(run->where, "dh", got + O, want + O, N, tolerance, 0.1);
+        }
+    free(want);
+    free(got);
+}
+
+/* Layer by layer over all steps, now that all inputs are known: the same bits. */
+static void check_loop_layers(run_buffers *run, const loop_problem *q, const rf_kernels *k,
+                              const loop_results *r) {
+    const rf_shape *s = &q->layer[0].shape;
+    const ptrdiff_t T = s->T, B = s->B, H = s->H, N = h_size(&q->layer[0]);
+    const int has_c = cells[s->cell].has_c;
+#define SAME(buffer, other, bytes)                                                                 \
+    if (memcmp(buffer, other, bytes)) fail(run->where, "a loop has other bits than its layers")
+    for (int i = 0; i < q->n; i++) {
+        const problem *p = &q->layer[i];
+        rf_forward_args f = {.shape = p->shape, .step1 = T, .run = {.threads = 1}};
+        f.pack[0] = run_pack(run, p, k, RF_PACK_FORWARD, 0, 1);
+        f.x = (rf_seq){i ? r->h[i - 1]->data : r->x->data, B * p->shape.I, p->shape.I, NULL};
+        f.y = (rf_seq){dense_out(run, "y", T * B * N), B * N, N, NULL};
+        f.h_0 = dense_in(run, "h_0", p->param[H_0], B * N);
+        f.h_n = dense_out(run, "h_n", B * N);
+        if (has_c) {
+            f.c_0 = dense_in(run, "c_0", p->param[C_0], B * H);
+            f.c_n = dense_out(run, "c_n", B * H);
+        }
+        f.workspace = allocate(run, "workspace", k->forward_workspace(&f.shape, 1), 1)->data;
+        k->forward(&f);
+        SAME(f.y.data, r->h_tape[i]->data + B * N * k->element, T * B * N * k->element);
+        if (i + 1 < q->n) SAME(f.y.data, r->h[i]->data, r->h[i]->bytes);
+        SAME(f.h_n, r->state[i][0]->data, r->state[i][0]->bytes);
+        if (has_c) SAME(f.c_n, r->state[i][1]->data, r->state[i][1]->bytes);
+    }
+    void *dy = r->dh->data;
+    for (int i = q->n - 1; i >= 0; i--) {
+        const problem *p = &q->layer[i];
+        rf_backward_args g = {.shape = p->shape, .step1 = T, .run = {.threads = 1}};
+        g.pack[0] = run_pack(run, p, k, RF_PACK_BACKWARD, 0, 1);
+        g.tape = (rf_tape){cells[s->cell].tape_gates ? r->gates[i]->data : NULL, r->h_tape[i]->data,
+                           has_c ? r->c_tape[i]->data : NULL};
+        g.dy = (rf_seq){dy, B * N, N, NULL};
+        g.dx = (rf_seq){dense_out(run, "dx", T * B * p->shape.I), B * p->shape.I, p->shape.I, NULL};
+        g.dh_n = dense_in(run, "dh_n", p->seed[1], B * N);
+        g.dh_0 = dense_out(run, "dh_0", B * N);
+        if (has_c) {
+            g.dc_n = dense_in(run, "dc_n", p->seed[2], B * H);
+            g.dc_0 = dense_out(run, "dc_0", B * H);
+        }
+        g.workspace = allocate(run, "workspace", k->backward_workspace(&g.shape, 1), 1)->data;
+        k->backward(&g);
+        SAME(g.dh_0, r->d_state[i][0]->data, r->d_state[i][0]->bytes);
+        if (has_c) SAME(g.dc_0, r->d_state[i][1]->data, r->d_state[i][1]->bytes);
+        if (i == 0) SAME(g.dx.data, r->dx->data, r->dx->bytes);
+        dy = g.dx.data;
+    }
+#undef SAME
+}
+
+/* Each token is a greatest logit's, or, drawn, one at all; the last input left is its own. */
+static void check_loop_tokens(const run_buffers *run, const loop_problem *q,
+                              const loop_results *r) {
+    const rf_shape *s = &q->layer[0].shape;
+    const ptrdiff_t T = s->T, B = s->B, I = s->I, O = q->O;
+    for (ptrdiff_t row = 0; row < T * B; row++) {
+        const ptrdiff_t token = ((ptrdiff_t *)(void *)r->tokens->data)[row];
+        if (token < 0 || token >= O) fail(run->where, "a token is none");
+        const double chosen = get_number(run, r->o->data, row * O + token);
+        for (ptrdiff_t j = 0; j < O && q->choice == RF_ARGMAX; j++) {
+            const double o = get_number(run, r->o->data, row * O + j);
+            if (o > chosen || (j < token && o == chosen))
+                fail(run->where, "a token is not the first of the greatest");
+        }
+        const ptrdiff_t b = row - (T - 2) * B; /* of the last step's input */
+        for (ptrdiff_t i = 0; 0 <= b && b < B && i < (q->one_hot ? 1 : I); i++)
+            if (get_number(run, r->x->data, b * (q->one_hot ? 1 : I) + i) !=
+                (q->one_hot ? (double)token : q->table[token * I + i]))
+                fail(run->where, "an input is not that of the token before");
+    }
+}
+
+static void check_loops(void) {
+    for (int round = 0; round < 120 * n_isas; round++) {
+        const rf_kernels *k = rf_find_kernels(isas[round % n_isas], (rf_dtype)(round / n_isas % 2));
+        const int kind = round / n_isas / 2 % 4; /* values twice as often */
+        random_state = 2000 + (uint64_t)round;
+        loop_problem q = {.n = 1 + (int)random_below(LOOP_LAYERS),
+                          .choice = kind < 2    ? RF_VALUE
+                                    : kind == 2 ? RF_ARGMAX
+                                                : RF_SAMPLE};
+        const int cell = (int)random_below(RF_N_CELLS);
+        const ptrdiff_t T = 1 + random_below(7), B = 1 + random_below(7), H = 1 + random_below(70);
+        const ptrdiff_t P =
+            cells[cell].has_c && H > 1 && random_below(2) ? 1 + random_below(H - 1) : 0;
+        q.O = 1 + random_below(round % 3 ? 20 : 150);
+        q.one_hot = kind >= 2 && random_below(2);
+        const ptrdiff_t I = q.one_hot  ? q.O
+                            : kind < 2 ? q.O + random_below(2) * random_below(9)
+                                       : 1 + random_below(20);
+        const ptrdiff_t N = P ? P : H;
+        const int some_own = kind == 1, with_bias = random_below(4) > 0;
+        for (int i = 0; i < q.n; i++)
+            q.layer[i] = make_problem(cell, 0, (ptrdiff_t[]){T, B, i ? N : I, H}, P, NO_LENGTHS);
+        q.weight = random_numbers(q.O * N, 1.5 / sqrt((double)N));
+        q.bias = with_bias ? random_numbers(q.O, 1) : NULL;
+        q.table = kind >= 2 && !q.one_hot ? random_numbers(q.O * I, 1) : NULL;
+        q.x = random_numbers(T * B * I, 1);
+        for (ptrdiff_t b = 0; q.one_hot && b < B; b++) q.x[b] = (double)random_below(q.O);
+        q.d_o = random_numbers(T * B * q.O, 1);
+        if (some_own) {
+            q.own = must(malloc((size_t)(T * B)));
+            for (ptrdiff_t i = 0; i < T * B; i++) q.own[i] = (uint8_t)random_below(2);
+        }
+        run_buffers one = {.where = "loops", .element = k->element, .odd = round & 1};
+        const loop_results want = run_loop(&one, &q, k, 1, RF_PLAN_AUTO);
+        if (q.choice == RF_VALUE) {
+            run_buffers apart = {.where = "loops", .element = k->element};
+            check_loop_values(&one, &q, &want);
+            check_loop_layers(&apart, &q, k, &want);
+            check_inputs(&apart);
+            release(&apart);
+        } else {
+            check_loop_tokens(&one, &q, &want);
+        }
+        for (int plan = 0; plan < RF_PLAN_DIRECTIONS; plan++) {
+            run_buffers many = {.where = "loops", .element = k->element};
+            const loop_results got = run_loop(&many, &q, k, 2 + plan, plan);
+            for (int i = 0; i < want.n; i++)
+                if (memcmp(want.all[i]->data, got.all[i]->data, want.all[i]->bytes))
+                    fail("loops", "threads or a plan change a loop's bits");
+            check_inputs(&many);
+            release(&many);
+        }
+        check_inputs(&one);
+        release(&one);
+        for (int i = 0; i < q.n; i++) free_problem(&q.layer[i]);
+        double *const all[] = {q.weight, q.bias, q.table, q.x, q.d_o};
+        for (int i = 0; i < 5; i++) free(all[i]);
+        free(q.own);
+    }
+}
+
 /* --- The rest of the table ------------------------------------------------------------------- */
 
 static void check_sizes(const rf_kernels *k) {
@@ -1264,6 +1586,11 @@ static void check_sizes(const rf_kernels *k) {
                 fail(k->isa, "pack_size does not see that a size overflows");
             ptrdiff_t (*const workspace)(const rf_shape *, int) =
                 kind ? k->backward_workspace : k->forward_workspace;
+            if (k->head_pack_size(huge[i], 64, (rf_pack_kind)kind) != -1 ||
+                k->head_pack_size(64, huge[i], (rf_pack_kind)kind) != -1 ||
+                k->loop_workspace(1, huge[i], 64, 64) != -1 ||
+                k->loop_workspace(1, 1, 64, huge[i]) != -1)
+                fail(k->isa, "a head's size does not see that it overflows");
             if (workspace(&wide, 2) != -1 || workspace(&deep, 2) != -1 || workspace(&many, 2) != -1)
                 fail(k->isa, "a workspace does not see that a size overflows");
             const rf_shape shorter = {RF_LSTM, 1, 1000000, 1, 1, 1, 0};
@@ -1343,13 +1670,14 @@ static void check_tables(void) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const parts[] = {"tables", "small", "large", "concurrent", "poll", "waves"};
+    static const char *const parts[] = {"tables", "small", "large", "concurrent",
+                                        "poll",   "waves", "loops"};
     unsigned which = 0;
     int quick = 0;
     alarm(1800); /* a hang ends */
     for (int i = 1; i < argc; i++) {
         const unsigned before = which;
-        for (int j = 0; j < 6; j++)
+        for (int j = 0; j < 7; j++)
             if (strcmp(argv[i], parts[j]) == 0) which |= 1u << j;
         if (strcmp(argv[i], "quick") == 0) {
             quick = 1;
@@ -1371,6 +1699,7 @@ int main(int argc, char **argv) {
     if (which & 8) check_concurrent();
     if (which & 16) check_poll();
     if (which & 32) check_waves();
+    if (which & 64) check_loops();
     printf("kernels: all well; %ld problems, %ld runs on", n_problems, atomic_load(&n_runs));
     for (int i = 0; i < n_isas; i++) printf(" %s", isas[i]);
     printf("\n");

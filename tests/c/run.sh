@@ -50,19 +50,19 @@ for what in "$@"; do
             build tsan "${CC:-cc}" "-O1 -fsanitize=thread"
             export TSAN_OPTIONS=halt_on_error=1
             run "$work/tsan/pool_test" 20000 nofork # TSan follows no fork of several threads
-            run "$work/tsan/driver" large concurrent poll waves base
+            run "$work/tsan/driver" large concurrent poll waves loops base
             ;;
         valgrind) # 3.19 knows no AVX-512, and hides it; nor denormals as zero, of the pool's test
             build valgrind "${CC:-cc}" "-O1"
             run valgrind -q --error-exitcode=1 --leak-check=full --show-leak-kinds=definite \
                 --errors-for-leak-kinds=definite \
-                "$work/valgrind/driver" quick small concurrent tables waves
+                "$work/valgrind/driver" quick small concurrent tables waves loops
             ;;
         aarch64)
             build aarch64 "${CC_AARCH64:-aarch64-linux-gnu-gcc}" "-O2 -static"
             # nofork: qemu 7.2 itself fails where the child of several threads makes a thread.
             run qemu-aarch64 "$work/aarch64/pool_test" 2000 nofork
-            run qemu-aarch64 "$work/aarch64/driver" quick tables small large concurrent waves
+            run qemu-aarch64 "$work/aarch64/driver" quick tables small large concurrent waves loops
             ;;
         *)
             echo "run.sh: $what is none of plain, asan, tsan, valgrind, aarch64" >&2
