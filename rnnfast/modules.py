@@ -808,7 +808,7 @@ class Recurrent:
 
         For training on own predictions. teacher, for scheduled sampling: (inputs [T, B, O], mask
         [T, B] bool); where the mask is true the input is the given one instead of o. Tokens have no
-        gradient, and so no such call. The module must not have dropout or zoneout. Change
+        gradient, and so no such call. The module must not drop anything, nor have zoneout. Change
         neither head nor parameters before `backward_forecast`.
 
         >>> gru = GRU(1, 8, seed=0)
@@ -819,7 +819,7 @@ class Recurrent:
         ((2, 1), (1, 8), True)
         """
         cell, (_, H, P, L, _) = self._cell, self._sizes
-        for name in ("dropout", "recurrent_dropout", "zoneout"):
+        for name in ("dropout", "recurrent_dropout", "zoneout", "drop_connect"):
             p = self._arguments[name]
             if np.any(p) and (name != "dropout" or L > 1):
                 needs = f"a module without {name}: each of its steps would need its own masks"
@@ -840,7 +840,8 @@ class Recurrent:
         for tape, packed in zip(tapes, packs, strict=True):
             tape.plan, tape.threads = ran
             tape.isa = packed.isa
-        kept = StackTape(tuple(tapes), stack.NO_DROPOUT, self._token)
+        learned = state is None and self._initial is not None
+        kept = StackTape(tuple(tapes), self._token, learned=learned)
         return loop.result, self._loop_state(h, c, loop.unbatched), ForecastTape(kept, loop)
 
     def backward_forecast(
@@ -903,6 +904,8 @@ class Recurrent:
         _, H, P, L, _ = self._sizes
         B, pair, dtype = loop.rows, self._pair, self._dtype
         checks.room("first", 2 * L * B * H, dtype.itemsize)
+        if state is None and self._initial is not None:
+            return (*(np.repeat(one, B, axis=1) for one in self._initial), None)[:2]
         if state is None:
             h = np.zeros((L, B, P or H), dtype)
             return h, np.zeros((L, B, H), dtype) if pair else None

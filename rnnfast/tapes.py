@@ -30,9 +30,9 @@ class StackTape:
     )  # fmt: skip
 
     def __init__(
-        self, layers: tuple[Tape, ...], owner: bytes, dropout: stack.Dropout,
-        drops: DropConnect | None, clamps: tuple[Clamped, ...], held: bool,
-        both: list[Sequence] | None, learned: bool,
+        self, layers: tuple[Tape, ...], owner: bytes, dropout: stack.Dropout = stack.NO_DROPOUT,
+        drops: DropConnect | None = None, clamps: tuple[Clamped, ...] = (), held: bool = False,
+        both: list[Sequence] | None = None, learned: bool = False,
     ) -> None:  # fmt: skip
         most = layers[0] if len(layers) == 1 else max(layers, key=lambda layer: layer.threads)
         self.layers = layers
