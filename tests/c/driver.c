@@ -1310,7 +1310,7 @@ static loop_results run_loop(run_buffers *run, const loop_problem *q, const rf_k
         if (i + 1 < q->n) f->y.data = (r.h[i] = loop_out(run, &r, "y", T * B * N))->data;
     }
     r.x = loop_in_out(run, &r, "x", q->x, (values ? T : 1) * B * width);
-    layers[0].x = (rf_seq){r.x->data, 0, width, NULL};
+    layers[0].x = (rf_seq){.data = r.x->data, .row = width};
     r.o = loop_out(run, &r, "o", T * B * O);
     void *weight = dense_in(run, "head", q->weight, O * N);
     void *bias = q->bias ? dense_in(run, "head bias", q->bias, O) : NULL;
@@ -1446,8 +1446,9 @@ static void check_loop_layers(run_buffers *run, const loop_problem *q, const rf_
         const problem *p = &q->layer[i];
         rf_forward_args f = {.shape = p->shape, .step1 = T, .run = {.threads = 1}};
         f.pack[0] = run_pack(run, p, k, RF_PACK_FORWARD, 0, 1);
-        f.x = (rf_seq){i ? r->h[i - 1]->data : r->x->data, B * p->shape.I, p->shape.I, NULL};
-        f.y = (rf_seq){dense_out(run, "y", T * B * N), B * N, N, NULL};
+        f.x = (rf_seq){
+            .data = i ? r->h[i - 1]->data : r->x->data, .step = B * p->shape.I, .row = p->shape.I};
+        f.y = (rf_seq){.data = dense_out(run, "y", T * B * N), .step = B * N, .row = N};
         f.h_0 = dense_in(run, "h_0", p->param[H_0], B * N);
         f.h_n = dense_out(run, "h_n", B * N);
         if (has_c) {
@@ -1468,8 +1469,10 @@ static void check_loop_layers(run_buffers *run, const loop_problem *q, const rf_
         g.pack[0] = run_pack(run, p, k, RF_PACK_BACKWARD, 0, 1);
         g.tape = (rf_tape){cells[s->cell].tape_gates ? r->gates[i]->data : NULL, r->h_tape[i]->data,
                            has_c ? r->c_tape[i]->data : NULL};
-        g.dy = (rf_seq){dy, B * N, N, NULL};
-        g.dx = (rf_seq){dense_out(run, "dx", T * B * p->shape.I), B * p->shape.I, p->shape.I, NULL};
+        g.dy = (rf_seq){.data = dy, .step = B * N, .row = N};
+        g.dx = (rf_seq){.data = dense_out(run, "dx", T * B * p->shape.I),
+                        .step = B * p->shape.I,
+                        .row = p->shape.I};
         g.dh_n = dense_in(run, "dh_n", p->seed[1], B * N);
         g.dh_0 = dense_out(run, "dh_0", B * N);
         if (has_c) {
