@@ -578,6 +578,26 @@ def test_a_single_row_of_a_stream_comes_with_or_without_its_axis():
         module.stream(3).generate(np.zeros(V, np.float32), 5, head)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_learned_initial_states_are_those_of_a_loop_without_a_state(cell):
+    module, state, _ = make(cell, O, 2, learn_initial=True)
+    names = ("h_0", "c_0")[: len(state)]
+    for name in names:
+        module.params[name] = random(*module.params[name].shape, seed=2)
+    head, first = make_head(O, H), random(B, O)
+    start = as_state(cell, tuple(np.repeat(module.params[name], B, axis=1) for name in names))
+    want, _ = module.generate(first, T, head, state=start)
+    assert_same_bits("values", module.generate(first, T, head)[0], want)
+    assert_same_bits("values", module.stream(B).generate(first, T, head), want)
+    for given, learned in ((None, True), (start, False)):
+        values, _, tape = module.forecast_train(first, T, head, given)
+        assert_same_bits("values", values, want)
+        got = module.backward_forecast(tape, values, accumulate=False)
+        for name, by_row in zip(names, as_tuple(got.state), strict=True):
+            want_grad = by_row.astype(np.float64).sum(axis=1, keepdims=True) * learned
+            assert_close(name, module.grads[name], want_grad, "float32", "gradient")
+
+
 @pytest.mark.parametrize(("cell", "zoneout"), [("lstm", (0.2, 0.4)), ("gru", 0.3)])
 def test_regularisation_is_that_of_inference(cell, zoneout):
     """Zoneout as expected, no dropout: as a stream's steps, or calls of one step."""
@@ -606,9 +626,11 @@ def test_what_cannot_be_is_refused_with_its_reason():
     dropping = rnnfast.GRU(O, H, 2, dropout=0.5)
     zoned = rnnfast.GRU(O, H, zoneout=0.1)
     recurrent = rnnfast.GRU(O, H, recurrent_dropout=0.1)
+    connect = rnnfast.GRU(O, H, drop_connect=0.1)
     for call, words in (
         (lambda: zoned.forecast_train(first, 3, head), "zoneout=0.1; needs a module without"),
         (lambda: recurrent.forecast_train(first, 3, head), "recurrent_dropout=0.1; needs"),
+        (lambda: connect.forecast_train(first, 3, head), "drop_connect=0.1; needs"),
         (lambda: two.generate(first, 3, head), "one direction: the other one starts"),
         (lambda: dropping.forecast_train(first, 3, head), "a module without dropout"),
         (lambda: gru.generate(first, 3, head, "topk"), "'value' or 'argmax' or 'sample'"),
