@@ -1180,7 +1180,7 @@ static void stack_calls(run_buffers *run, const problem *bottom, const problem *
         rf_forward_args *f = &layers[i];
         *f = (rf_forward_args){.shape = *s, .step1 = s->T, .lengths = bottom->lengths};
         f->x = i == 0 ? seq_in(run, "x", p, 0, s->I, p->param[X]) : layers[i - 1].y;
-        f->y = (rf_seq){OUT("y", s->T * B * N), B * N, N, NULL};
+        f->y = (rf_seq){.data = OUT("y", s->T * B * N), .step = B * N, .row = N};
         f->pack[0] = run_pack(run, p, k, RF_PACK_FORWARD, 0, 1);
         f->h_0 = i % 2 ? NULL : dense_in(run, "h_0", p->param[H_0], B * N);
         f->h_n = OUT("h_n", B * N);
