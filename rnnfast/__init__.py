@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from . import functional
-from .calls import Clamp
+from .calls import Clamp, Extra, States
 from .checkpoints import load_torch
 from .config import get_num_threads, isa, set_num_threads, show_config
 from .files import load
@@ -30,9 +30,11 @@ __all__ = [
     "RNN",
     "Clamp",
     "DamagedFileError",
+    "Extra",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "States",
     "Stream",
     "__version__",
     "functional",

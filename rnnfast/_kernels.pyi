@@ -108,6 +108,7 @@ def forward(
     times: Any = None,  # intp [B, T]: of rows with holes those of their steps, then the others
     between: Any = None,  # a between.Between, or None
     c_steps: Any = None,  # out [T, B, D*H]: c after each step, or None; not written at others
+    longest: int = -1,  # if not -1, rows have no more steps, and times [B, longest]
 ) -> tuple[str, int]:
     """Returns the plan and number of threads that ran. May raise MemoryError, KeyboardInterrupt.
 
@@ -164,6 +165,7 @@ def backward(
     times: Any = None,  # those of forward; so is between
     between: Any = None,
     received: Any = None,  # a between.Received, or None
+    longest: int = -1,
 ) -> tuple[str, int]:
     """Outputs are overwritten, not added to; the tape is never written.
 

@@ -66,8 +66,9 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    MOST_VIEWS = 54  # of one call: 12 arrays, 12 gradients, 4 of a light tape, 6 to add to, 4 starts;
-    #                  between steps, of 4 settings 3 each, and 3 others
+    # Of one call: 12 arrays, 12 gradients, 4 of a light tape, 6 to add to, 4 starts; of what happens
+    # between steps 3 of each of 4 settings, and 3 others.
+    MOST_VIEWS = 54
 
 
 cdef struct Views:
@@ -90,6 +91,8 @@ cdef int take(Views *views, object array, int flags, void **out) except -1:
     if type(array) is int:
         out[0] = <void *><uintptr_t>array
         return 0
+    if views.n == MOST_VIEWS:
+        raise SystemError("a call takes more arrays than there is room for")
     PyObject_GetBuffer(array, &views.view[views.n], PyBUF_STRIDES | flags)
     out[0] = views.view[views.n].buf
     views.n += 1
@@ -391,25 +394,16 @@ cdef int take_settings(Views *views, tuple settings, tuple gradients, rf_setting
     return 0
 
 
-cdef int take_between(Views *views, between, rf_between *out) except -1:
-    """What happens between steps, as `between.Between` has it, of a forward call."""
-    memset(out, 0, sizeof(out[0]))
-    take_settings(views, between.h, None, out.h)
-    take_settings(views, between.c, None, out.c)
-    out.hold_h, out.hold_c = between.hold
-    take_seq(views, between.keep, 0, &out.keep)
-    out.keep_scale = between.keep_scale
-    return 0
-
-
-cdef int take_between_back(Views *views, between, received, rf_between *out) except -1:
-    """The same of a backward call; `received` is a `between.Received`."""
+cdef int take_between(Views *views, between, received, rf_between *out) except -1:
+    """What happens between steps: a `between.Between`, of a backward call with a `Received`, either
+    may be None."""
     memset(out, 0, sizeof(out[0]))
     if between is not None:
-        take_between(views, between, out)
-        if received is not None:
-            take_settings(views, between.h, received.h, out.h)
-            take_settings(views, between.c, received.c, out.c)
+        take_settings(views, between.h, None if received is None else received.h, out.h)
+        take_settings(views, between.c, None if received is None else received.c, out.c)
+        out.hold_h, out.hold_c = between.hold
+        take_seq(views, between.keep, 0, &out.keep)
+        out.keep_scale = between.keep_scale
     if received is not None:
         take_seq(views, received.dc_steps, 0, &out.c_steps)
         take_seq(views, received.norms, PyBUF_WRITABLE, &out.norms)
@@ -569,7 +563,7 @@ cdef int take_forward(
 def forward(
     Pack pack, x, y, h_0, c_0, h_n, c_n, lengths, gates, h_tape, c_tape,
     bint reverse, int threads, int plan, Py_ssize_t steps=0, times=None, between=None,
-    c_steps=None,
+    c_steps=None, Py_ssize_t longest=-1,
 ):
     cdef Views views
     cdef rf_forward_args args
@@ -587,9 +581,11 @@ def forward(
         if between is not None or c_steps is not None:
             memset(&happens, 0, sizeof(happens))
             if between is not None:
-                take_between(&views, between, &happens)
+                take_between(&views, between, None, &happens)
             take_seq(&views, c_steps, PyBUF_WRITABLE, &happens.c_steps)
             args.between = &happens
+        if longest >= 0:
+            args.shape.T = args.step1 = longest
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
         memory = allocate(pack.kernels.forward_workspace(&args.shape, threads))
@@ -690,7 +686,7 @@ cdef int take_gradients(Views *views, tuple grads, rf_weights *out) except -1:
 def backward(
     Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
     bint reverse, int threads, int plan, tuple light=None, tuple add_to=None,
-    bint replace=False, times=None, between=None, received=None,
+    bint replace=False, times=None, between=None, received=None, Py_ssize_t longest=-1,
 ):
     cdef Views views
     cdef rf_backward_args args
@@ -720,8 +716,10 @@ def backward(
         take(&views, times, 0, <void **>&args.times)
         args.between = NULL
         if between is not None or received is not None:
-            take_between_back(&views, between, received, &happens)
+            take_between(&views, between, received, &happens)
             args.between = &happens
+        if longest >= 0:
+            args.shape.T = args.step1 = longest
         take(&views, gates, tape_flags, &args.tape.gates)
         take(&views, h_tape, tape_flags, &args.tape.h)
         take(&views, c_tape, tape_flags, &args.tape.c)

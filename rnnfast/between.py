@@ -8,7 +8,8 @@ T steps, B batch, D directions, H hidden size, N numbers of h, as everywhere.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,13 +36,16 @@ class Between(NamedTuple):
         """Whether anything happens."""
         return bool(self.h or self.c or any(self.hold)) or self.keep is not None
 
-    def first(self, T: int) -> Between:
-        """The same of the first T steps."""
-        return self._replace(
-            h=tuple((where[:T], None if v is None else v[:T]) for where, v in self.h),
-            c=tuple((where[:T], None if v is None else v[:T]) for where, v in self.c),
-            keep=None if self.keep is None else self.keep[:T],
-        )
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays, of those with strides of 0 what there is of them."""
+        arrays = [a for one in (*self.h, *self.c, (self.keep,)) for a in one if a is not None]
+        return sum(
+            array.itemsize * math.prod(
+                size for size, stride in zip(array.shape, array.strides, strict=True) if stride
+            )
+            for array in arrays
+        )  # fmt: skip
 
 
 class Received(NamedTuple):
@@ -59,19 +63,6 @@ class Received(NamedTuple):
     clip: float = 0.0
     clip_norm: float = 0.0
     norms: np.ndarray | None = None
-
-    def first(self, T: int) -> Received:
-        """The same of the first T steps."""
-
-        def cut(array: Any) -> Any:
-            return None if array is None else array[:T]
-
-        return self._replace(
-            h=tuple(map(cut, self.h)),
-            c=tuple(map(cut, self.c)),
-            dc_steps=cut(self.dc_steps),
-            norms=cut(self.norms),
-        )
 
 
 def spread(array: np.ndarray, T: int, B: int, N: int) -> np.ndarray:

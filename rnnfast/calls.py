@@ -167,7 +167,7 @@ def add_clamp(
     """
     if type(clamp) is not Clamp:
         checks.fail(TypeError, name, checks.describe(clamp), "an rnnfast.Clamp, or a list of such")
-    L, which = len(betweens), "hc".index(clamp.state)
+    L, which = len(betweens), "hc".index(checks.choice(f"{name}.state", clamp.state, ("h", "c")))
     layer, N = clamp.layer + (L if clamp.layer < 0 else 0), columns[which]
     if not 0 <= layer < L:
         checks.fail(ValueError, f"{name}.layer", str(clamp.layer), f"one of {L} layers")
@@ -205,30 +205,39 @@ def add_clamp(
 # of the step before it, in the order of processing, and zero if there is none.
 
 
-def _held(valid: np.ndarray, D: int, N: int) -> Any:
-    """Where y is held: for each direction its columns, steps in the order of processing, the step
-    from there to the one before, and the rows.
-    """
-    T = len(valid)
-    for d in range(D):
-        columns = slice(d * N, (d + 1) * N)
-        for t in range(1, T) if d == 0 else range(T - 2, -1, -1):
-            rows = np.flatnonzero(~valid[t])
-            if len(rows):
-                yield columns, t, -1 if d == 0 else 1, rows
+def _source(valid: np.ndarray, backwards: bool) -> np.ndarray:
+    """Of each time and row [T, B] the time whose y stands there, -1 if it is a zero."""
+    times = np.where(valid, np.arange(len(valid))[:, None], -1)
+    if not backwards:
+        return np.maximum.accumulate(times, axis=0)
+    times = np.where(valid, times, len(valid))
+    times = np.minimum.accumulate(times[::-1], axis=0)[::-1]
+    return np.where(times == len(valid), -1, times)
+
+
+def _held(valid: np.ndarray, d: int) -> tuple[np.ndarray, ...]:
+    """Where a direction's y is held, as times and rows, and the times that it is held from."""
+    source = _source(valid, d == 1)
+    t, b = np.nonzero(~valid & (source >= 0))
+    return t, b, source[t, b]
 
 
 def hold(y: np.ndarray, valid: np.ndarray, D: int) -> None:
     """Fills y [T, B, D*N] where steps are missing, valid [T, B] being false."""
-    for columns, t, back, rows in _held(valid, D, y.shape[2] // D):
-        y[t, rows, columns] = y[t + back, rows, columns]
+    N = y.shape[2] // D
+    for d in range(D):
+        own = y[:, :, d * N : (d + 1) * N]
+        t, b, source = _held(valid, d)
+        own[t, b] = own[source, b]
 
 
 def unhold(dy: np.ndarray, valid: np.ndarray, D: int) -> np.ndarray:
     """A copy of the gradient by such a y in which each held step's has gone where it was from."""
-    dy = dy.copy()
-    for columns, t, back, rows in reversed(list(_held(valid, D, dy.shape[2] // D))):
-        dy[t + back, rows, columns] += dy[t, rows, columns]
+    dy, N = dy.copy(), dy.shape[2] // D
+    for d in range(D):
+        t, b, source = _held(valid, d)
+        own = dy[:, :, d * N : (d + 1) * N]
+        np.add.at(own, (source, b), own[t, b])
     return dy
 
 

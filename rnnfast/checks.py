@@ -654,6 +654,8 @@ def between(
     if keep is not None:
         keep = fit("keep", keep, columns[0], np.dtype(bool))
     scale = finite(f"{name}.keep_scale", value.keep_scale, dtype)
+    if keep is None and scale != 1:
+        fail(ValueError, f"{name}.keep_scale", str(scale), "1 where keep is None")
     return Between(settings[0], settings[1], hold, keep, scale)
 
 
@@ -664,7 +666,7 @@ def broadcasts(name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...]) -
     array(0.5, dtype=float32)
     """
     needs = f"{dtype.name} numbers that broadcast to {shape}"
-    if type(value) in (int, float, bool, list, tuple):
+    if isinstance(value, (int, float, np.generic, list, tuple)):
         value = np.array(value)
         if value.dtype.kind in ("b" if dtype.kind == "b" else "iuf"):
             value = value.astype(dtype)
@@ -732,8 +734,8 @@ def limits(clip: Any, clip_norm: Any, dtype: np.dtype) -> tuple[float, float]:
     found = []
     for name, value in (("clip", clip), ("clip_norm", clip_norm)):
         limit = 0.0 if value is None else finite(name, value, dtype)
-        if value is not None and limit <= 0:
-            fail(ValueError, name, describe(value), "a number above 0, or None")
+        if value is not None and not dtype.type(limit) >= np.finfo(dtype).tiny:
+            fail(ValueError, name, describe(value), f"a number above 0 in {dtype}, or None")
         found.append(limit)
     return found[0], found[1]
 

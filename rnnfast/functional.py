@@ -109,8 +109,9 @@ class Tape:
     @property
     def nbytes(self) -> int:
         """Bytes of what the tape keeps, but for x: the arrays, and a light one's pack."""
-        kept = self.gates, self.h, self.c, self.pack
-        return sum(part.nbytes for part in kept if part is not None)
+        kept = self.gates, self.h, self.c, self.pack, self.times
+        masks = self.between.nbytes if self.between else 0
+        return sum(part.nbytes for part in kept if part is not None) + masks
 
 
 class Gradients(NamedTuple):
@@ -155,43 +156,27 @@ def run_forward(
             reverse, threads, config.plan, 0, times, between, c_steps,
         )  # fmt: skip
     tape.times, tape.between = times, between
+    longest = -1
     if tape.steps:
-        T = _longest(lengths, *x.shape[:2])
-        times, between = _first_of_all(T, times, between)
-        _clear_rest(y, T, times)
-        x, y, c_steps = (_cut(sequence, T) for sequence in (x, y, c_steps))
+        longest = _longest(lengths, *x.shape[:2])
+        times = _clear_rest(y, longest, times)
     tape.isa = packed.isa
     tape.plan, tape.threads = ran = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, tape.gates, tape.h, tape.c,
-        reverse, threads, config.plan, tape.steps, times, between, c_steps,
+        reverse, threads, config.plan, tape.steps, times, between, c_steps, longest,
     )  # fmt: skip
     return ran
 
 
-# Slices are cut from the end of the longest row, so light tapes go without the steps past it. Where
-# there are holes, a row's steps may lie there all the same: the kernels have only its numbers of
-# times, and find their steps by base and strides.
+def _clear_rest(sequence: Sequence | None, longest: int, times: np.ndarray | None) -> Any:
+    """Zeros where the kernels, told that rows have at most so many steps, put none: slices of light
+    tapes are cut from the end of the longest row. Returns the times of so many steps of each.
 
-
-def _first_of_all(
-    T: int, times: np.ndarray | None, between: Between | None
-) -> tuple[np.ndarray | None, Between | None]:
-    """What rows with at most T steps need of both."""
-    if times is None:
-        return None, between and between.first(T)
-    return np.ascontiguousarray(times[:, :T]), between and between.first(T)
-
-
-def _clear_rest(sequence: Sequence, T: int, times: np.ndarray | None) -> None:
-    """Zeros where the kernels, given rows of at most T steps, put none."""
-    first = T if times is None else 0
-    if first < sequence.shape[0]:
-        sequence[first:] = 0
-
-
-def _cut(sequence: Sequence | None, T: int) -> Sequence | None:
-    """The first T steps; packed rows have no more."""
-    return sequence if sequence is None or sequence.shape[0] == T else sequence[:T]
+    With holes, a row's steps may lie anywhere; packed rows have nothing past their ends.
+    """
+    if sequence is not None and type(sequence) is not _kernels.Packed:
+        sequence[longest if times is None else 0 :] = 0
+    return None if times is None else np.ascontiguousarray(times[:, :longest])
 
 
 def run_wavefront(
@@ -258,19 +243,15 @@ def run_backward(
     gradients are added to that, or replace it, all or none, and grads is scratch. Returns what ran.
     """
     x, gates, h, c, light = tape.x, tape.gates, tape.h, tape.c, None
-    times, between = tape.times, tape.between
+    times, longest = tape.times, -1
     if tape.steps:
         T, B, _ = x.shape
         _, D, _, N = h.shape
         H = N if c is None else c.shape[3]
-        T = _longest(tape.lengths, T, B)
-        times, between = _first_of_all(T, times, between)
-        received = received and received.first(T)
-        if dx is not None:
-            _clear_rest(dx, T, times)
-        x, dy, dx = (_cut(sequence, T) for sequence in (x, dy, dx))
+        longest = _longest(tape.lengths, T, B)
+        times = _clear_rest(dx, longest, times)
         # Scratch: the tape of one slice, its last states, and what slices carry to those before.
-        steps, tape_gates = min(tape.steps, T), len(CELLS[tape.cell].tape_gates)
+        steps, tape_gates = min(tape.steps, longest), len(CELLS[tape.cell].tape_gates)
         new = partial(new_array, dtype=x.dtype)
         gates = new((steps, B, tape_gates, H)) if tape_gates else None
         h, h_n, c_n = new((steps + 1, B, N)), new((B, N)), None
@@ -281,7 +262,8 @@ def run_backward(
         light = tape.pack, tape.steps, tape.h, tape.c, h_n, c_n
     return _kernels.backward(
         packed, x, tape.lengths, gates, h, c, dy, dh_n, dc_n, dx, dh_0, dc_0,
-        grads, tape.reverse, threads, config.plan, light, add_to, replace, times, between, received,
+        grads, tape.reverse, threads, config.plan, light, add_to, replace, times, tape.between,
+        received, longest,
     )  # fmt: skip
 
 

@@ -140,9 +140,6 @@ class Recurrent:
         given = self._arguments
         p = checks.fraction("recurrent_dropout", given["recurrent_dropout"])
         variational = checks.boolean("variational", given["variational"])
-        if variational and not p:
-            needs = "False without recurrent_dropout: it says how that is drawn"
-            checks.fail(ValueError, "variational", "True", needs)
         zoneout = checks.pair_of_fractions("zoneout", given["zoneout"], self._pair)
         padding = checks.choice("padding", given["padding"], ("zeros", "hold"))
         given["recurrent_dropout"], given["padding"] = p, padding
@@ -351,7 +348,8 @@ class Recurrent:
         B] in x's layout, the steps that there are, with holes in the middle too; clamp: a `Clamp`,
         or a list of such, of units whose states are given; offsets [B + 1], instead of lengths, for
         an x [all steps, I] in which the rows of the batch lie one after the other: row b is
-        x[offsets[b] : offsets[b + 1]], and y likewise.
+        x[offsets[b] : offsets[b + 1]], and y likewise (a tape has room for T steps of each row,
+        all the same, as it has with lengths).
 
         Returns y [T, B, D*H] ([T, B, H] of merged directions) in the layout of x, zero past a row's
         length and at missing steps (see padding), and the states after each row's last valid step,
@@ -414,9 +412,10 @@ class Recurrent:
         # At most 16 numbers a layer: y, its dropped copy, states and gates of the tape, or less.
         if (T + 1) * B * (I + 16 * L * D * H) > checks.SURELY_SMALL:
             N = D * h_size
-            numbers = T * B * (I + 2 * N) + 2 * rows * B * H
+            steps = T * B if offsets is None else len(x.data)
+            numbers = steps * (I + 2 * N) + 2 * rows * B * H
             if kind:
-                numbers += L * (functional.tape_numbers(cell, T, B, H, D, kind) + 2 * T * B * N)
+                numbers += L * (functional.tape_numbers(cell, T, B, H, D, kind) + 2 * steps * N)
             checks.room("x", numbers, dtype.itemsize)
         h_0 = c_0 = None
         if state is not None:
@@ -431,7 +430,7 @@ class Recurrent:
         if not (self._usual and mask is None and clamp is None and all_states is False):
             layout = Layout(T, B, batch_first, unbatched)
             lengths, mores, clamps, states, hs = self._beside(
-                layout, lengths, mask, clamp, all_states, kind is not None
+                layout, lengths, mask, clamp, all_states, self._dropout_calls if kind else None
             )
 
         h_n = np.empty((rows, B, h_size), dtype)
@@ -493,7 +492,13 @@ class Recurrent:
         return result, state_n, kept, states
 
     def _beside(
-        self, layout: Layout, lengths: Any, mask: Any, clamp: Any, all_states: bool, training: bool
+        self,
+        layout: Layout,
+        lengths: Any,
+        mask: Any,
+        clamp: Any,
+        all_states: bool,
+        call: int | None,
     ) -> tuple[Any, list[More], tuple[Clamped, ...], States | None, np.ndarray | None]:
         """What a call does beside the plain one: its lengths; of each layer what most do without;
         the clamps; and room for all states, as the caller sees it and as layers fill it.
@@ -506,8 +511,7 @@ class Recurrent:
             lengths, times = checks.mask("mask", mask, lengths, T, B, batch_first, unbatched)
         betweens, regular = [functional.Between()] * L, self._regular
         columns = D * N, D * H if self._pair else 0
-        if regular is not None and training:
-            call = self._dropout_calls
+        if regular is not None and call is not None:  # in training
             betweens = [regular.training(layer, call, T, B, *columns) for layer in range(L)]
         elif regular is not None:
             betweens = [regular.inference()] * L
@@ -575,15 +579,18 @@ class Recurrent:
         if dstate is not None:
             sizes = (rows, B, H)
             dh_n, dc_n = checks.states(checks.DSTATE, dstate, pair, dtype, sizes, unbatched, P)
-        checks.room("tape", T * B * (I + 4 * D * h_size), dtype.itemsize)
-        layout = Layout(T, B, batch_first, unbatched)
+        steps = len(x.data) if packed else T * B
+        checks.room("tape", steps * (I + 4 * D * h_size), dtype.itemsize)
         if tape._held and dy is not None:
             valid = calls.valid_steps(T, B, layers[0].lengths, layers[0].times)
             dy = calls.unhold(dy, valid, D)
         receiveds = dhs = found = None
         norms = checks.boolean("norms", norms)
-        happens = any(layer.between is not None for layer in layers)
-        if happens or norms or dstates is not None or (clip, clip_norm) != (None, None):
+        happens = norms or dstates is not None or clip is not None or clip_norm is not None
+        for layer in layers:
+            happens = happens or layer.between is not None
+        if happens:
+            layout = Layout(T, B, batch_first, unbatched)
             limits, dcs = checks.limits(clip, clip_norm, dtype), None
             if dstates is not None:
                 if packed:
@@ -643,6 +650,10 @@ class Recurrent:
         dstate_0 = dh_0 if dc_0 is None else (dh_0, dc_0)
         if not (tape._clamps or norms):
             return dx_result, dstate_0
+        for clamp in tape._clamps:
+            if layers[clamp.layer].between is None:
+                needs = "one as forward_train returned it"
+                checks.fail(ValueError, "tape", "an altered one", needs)
         clamps = tuple(clamp.gradient(receiveds[clamp.layer]) for clamp in tape._clamps)
         by_caller = None if found is None else layout.of_caller(found)
         return dx_result, dstate_0, Extra(clamps, by_caller)
@@ -673,7 +684,16 @@ class Recurrent:
         for one in layers:
             own.append(functional.own_tape(one, self._cell, (I, H, P, D), self._dtype))
             I = self._width
-        if len({one.x.shape[:2] for one in own}) > 1:
+        # Of packed rows, where they begin and end is what the lowest layer's tape says.
+        first, alike = own[0], True
+        packed = type(first.x) is _kernels.Packed
+        for one in own[1:]:
+            alike = alike and one.x.shape[:2] == first.x.shape[:2] and type(one.x) is type(first.x)
+            if packed and alike:
+                alike = len(one.x.data) == len(first.x.data)
+                alike = alike and bool((one.x.starts == first.x.starts).all())
+                alike = alike and bool((one.lengths == first.lengths).all())
+        if not alike:
             checks.fail(ValueError, "tape", "an altered one", "one as forward_train returned it")
         if getattr(tape, "_owner", None) != self._token:
             checks.fail(ValueError, "tape", "one of another module", "one of this module's own")
@@ -923,7 +943,7 @@ class Recurrent:
         shown = {
             name: self._arguments[name]
             for name, usual in DEFAULTS.items()
-            if name in self._arguments and self._arguments[name] != usual
+            if name in self._arguments and self._arguments[name] not in (usual, (usual, usual))
         }
         words = [str(self.input_size), str(self.hidden_size)]
         words += [f"{name}={value!r}" for name, value in shown.items()]
@@ -936,7 +956,8 @@ DEFAULTS = {
     "num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "dropout": 0.0,
     "bidirectional": False, "proj_size": 0, "peephole": False, "coupled": False,
     "forget_bias": None, "reset_after": True, "merge": CONCAT, "learn_initial": False,
-    "drop_connect": 0.0, "recurrent_dropout": 0.0, "variational": False, "padding": "zeros",
+    "drop_connect": 0.0, "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0,
+    "padding": "zeros",
 }  # fmt: skip
 
 

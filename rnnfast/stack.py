@@ -121,7 +121,7 @@ def forward(
     H = N if c_n is None else c_n.shape[2]
     Y = D * N if merge == CONCAT else N
     light = tapes is not None and tapes[0].steps > 0
-    alone = hs is None and (not mores or all(one[1:] == (None, None) for one in mores))
+    alone = hs is None and (not mores or all(one.between is one.c_steps is None for one in mores))
     if D == 1 and alone and not light and not dropout.p:  # else layers wait for each other
         steps = _kernels.wavefront_steps(
             cell.number, x.dtype.char, T, B, I, H, N if N < H else 0, L, threads, config.plan

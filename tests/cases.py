@@ -243,6 +243,9 @@ def make_between(case, rng):
         where = np.broadcast_to(np.arange(D * N) % 3 == 1, (T, B, D * N))
         h = (rng.random((T, B, D * N)) < 0.3, None), (where, values[0])
         c = (rng.random((T, B, D * H)) < 0.2, values[1]), (rng.random((T, B, D * H)) < 0.3, None)
+        if case.seed == 1:  # one held number on the other
+            c = (rng.random((T, B, D * H)) < 0.5, None), c[1]
+            h = h[0], (rng.random((T, B, D * N)) < 0.5, None)
         between = between._replace(h=h, c=c if "c" in case.states else ())
     if "hold" in case.happens:
         between = between._replace(hold=(0.3, 0.2))

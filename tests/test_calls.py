@@ -471,7 +471,7 @@ def test_options_are_saved(tmp_path):
         ("LSTM", {"zoneout": (0.1, 2)}, r"zoneout\[1\]: got 2; needs a number in \[0, 1\]"),
         ("GRU", {"zoneout": (0.1, 0.1)}, r"zoneout: got .*; needs a number in \[0, 1\]"),
         ("RNN", {"recurrent_dropout": "a"}, "recurrent_dropout: got"),
-        ("GRU", {"variational": True}, "variational: got True; needs False without recurrent"),
+        ("GRU", {"variational": 1}, "variational: got"),
         ("GRU", {"padding": "last"}, "padding: got 'last'; needs"),
     ],
 )
@@ -493,6 +493,7 @@ def test_bad_options(kind, arguments, message):
         ({"clamp": Clamp(0.0, layer=1)}, "clamp.layer: got 1; needs one of 1 layers"),
         ({"clamp": Clamp(0.0, state="c")}, "clamp.state: got 'c'; needs 'h': this module"),
         ({"clamp": Clamp(np.zeros(H))}, "clamp.values: got .*float64.*; needs float32 numbers"),
+        ({"clamp": Clamp("a")}, "clamp.values: got"),
         ({"clamp": Clamp(np.zeros(4, "f"))}, r"clamp.values: got shape \(4,\); needs float32"),
         ({"clamp": Clamp(0.0, where=np.ones(H))}, "clamp.where: got .*; needs bool numbers"),
         ({"clamp": [Clamp(0.0, [0]), Clamp(1.0, [1])]}, r"clamp\[1\]: got two for h of layer 0"),
@@ -515,7 +516,8 @@ def test_bad_clamps():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"clip": 0}, "clip: got 0; needs a number above 0, or None"),
+        ({"clip": 0}, "clip: got 0; needs a number above 0 in float32, or None"),
+        ({"clip": 1e-50}, "clip: got 1e-50; needs a number above 0 in float32"),
         ({"clip_norm": -1.0}, "clip_norm: got -1.0; needs a number above 0"),
         ({"clip": np.nan}, "clip: got nan"),
         ({"norms": 1}, "norms: got"),
@@ -663,3 +665,53 @@ def test_an_altered_tape_of_packed_rows_is_refused():
         change(tape.layers[0].x)
         with pytest.raises(ValueError, match="tape: got an altered one"):
             gru.backward(tape, y)
+
+
+@pytest.mark.parametrize("how", ["as it is", "backwards", "each second", "one for all"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_light_tape_of_rows_with_one_late_step(cell, how):
+    """Whose arrays have, up to the longest row's end, one step and so no stride of their own."""
+    rng = np.random.default_rng(13)
+    big = draw(rng, 2 * T, 1, I)
+    x = {
+        "as it is": big[:T], "backwards": big[:T][::-1], "each second": big[::2],
+        "one for all": np.broadcast_to(big[:1], (T, 1, I)),
+    }[how]  # fmt: skip
+    mask = np.zeros((T, 1), bool)
+    mask[T - 2] = True
+    found = []
+    for tape in ("full", "light"):
+        module = make(cell, recurrent_dropout=0.5, variational=True, zoneout=0.2)
+        clamp = Clamp(np.array([0.5]), units=[1])
+        y, state, kept = module.forward_train(x, mask=mask, clamp=clamp, tape=tape)
+        dx, _, extra = module.backward(kept, y, state, norms=True)
+        found.append((y, dx, extra.norms, extra.clamps[0], module.flat_grads))
+    for one, other in zip(*found, strict=True):
+        assert_same_bits(how, one, other)
+
+
+def test_a_tape_of_two_packings_is_refused():
+    rnn = rnnfast.RNN(2, 3, num_layers=2, seed=0)
+    x = np.ones((101, 2), np.float32)
+    *_, one = rnn.forward_train(x, offsets=[0, 1, 101])
+    *_, other = rnn.forward_train(x, offsets=[0, 100, 101])
+    one.layers = (other.layers[0], one.layers[1])
+    with pytest.raises(ValueError, match="tape: got an altered one"):
+        rnn.backward(one, np.ones((101, 3), np.float32))
+
+
+def test_packed_rows_of_very_uneven_lengths_fit():
+    """A long row and many short ones: padded they would be more than any memory."""
+    lengths = np.r_[10**5, np.ones(10**5, int)]
+    rnn = rnnfast.RNN(1, 1, seed=0)
+    y, _ = rnn(np.zeros((2 * 10**5, 1), np.float32), offsets=np.r_[0, np.cumsum(lengths)])
+    assert y.shape == (2 * 10**5, 1)
+
+
+def test_a_tape_counts_its_masks():
+    lstm = rnnfast.LSTM(I, H, zoneout=(0.1, 0.0), recurrent_dropout=0.5, variational=True)
+    plain = rnnfast.LSTM(I, H)
+    x = np.zeros((T, B, I), np.float32)
+    more = lstm.forward_train(x)[2].nbytes - plain.forward_train(x)[2].nbytes
+    assert more == T * B * H + B * H
+    assert "zoneout=(0.1, 0.0)" in repr(lstm) and "zoneout" not in repr(plain)
