@@ -159,6 +159,12 @@ def forward(
         x = handed
 
 
+def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of gradients, past whose rows' ends anything may stand."""
+    with np.errstate(all="ignore"):
+        return a + b
+
+
 def backward(
     pack: Packing, tapes: list[Tape], D: int, dy: Sequence | None, dh_n: np.ndarray | None,
     dc_n: np.ndarray | None, dx: Sequence | None, dh_0: np.ndarray | None,
@@ -175,7 +181,7 @@ def backward(
     """
     if len(tapes) == 1 and merge == CONCAT:  # as in forward
         if dhs is not None:
-            dy = dhs[0] if dy is None else dy + dhs[0]
+            dy = dhs[0] if dy is None else _sum(dy, dhs[0])
         run_backward(
             pack(0), tapes[0], dy, dh_n, dc_n, dx, dh_0, dc_0, grads[0], threads, add_to, replace,
             receiveds and receiveds[0],
@@ -193,7 +199,7 @@ def backward(
             merge_backward(merge, numbers(dy), was, numbers(d_both))
             dy = d_both
         if dhs is not None:
-            dy = dhs[layer] if dy is None else dy + dhs[layer]
+            dy = dhs[layer] if dy is None else _sum(dy, dhs[layer])
         dh_last, dc_last, dh_first, dc_first = own(layer, D, dh_n, dc_n, dh_0, dc_0)
         run_backward(
             pack(layer), tapes[layer], dy, dh_last, dc_last, below, dh_first, dc_first,
