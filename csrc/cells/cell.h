@@ -46,7 +46,8 @@ typedef struct {
     ptrdiff_t H, rows;
     ptrdiff_t unit0, unit1;
     const T *const *gates, *const *h_prev, *const *h, *const *c_prev, *const *c; /* in: tape */
-    const T *peepholes;                                                          /* as forward */
+    int other_c; /* the tape's c may be another one than the cell made: it was set afterwards */
+    const T *peepholes; /* as forward */
     ptrdiff_t peepholes_row;
     const T *const *dy; /* in, or NULL: zeros */
     T *const *dh;       /* in: carried from step t+1, without dy; out: carried past the products */
