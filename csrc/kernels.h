@@ -20,6 +20,11 @@ typedef enum {
     RF_LSTM_PEEPHOLE,
     RF_LSTM_COUPLED, /* forget gate 1 - input gate */
     RF_LSTM_COUPLED_PEEPHOLE,
+    RF_RNN_TANH_NORM, /* layer normalisation of W x and of R h, over all gates of a row */
+    RF_RNN_RELU_NORM,
+    RF_LSTM_NORM,      /* and of c on its way into h */
+    RF_LSTM_NORM_CELL, /* and of the c that is carried on */
+    RF_GRU_NORM,       /* reset after the product */
     RF_N_CELLS
 } rf_cell_id;
 
@@ -57,16 +62,27 @@ typedef struct {
     const ptrdiff_t *offsets;
 } rf_seq;
 
+/* Vectors of weights of single units: of any cell the biases, the others of cells that have such.
+ */
+typedef enum {
+    RF_BIAS_IH,   /* [G*H] */
+    RF_BIAS_HH,   /* [G*H] */
+    RF_PEEPHOLE,  /* [p*H] */
+    RF_NORM_IH,   /* [G*H] gains of a normalised W x */
+    RF_NORM_HH,   /* [G*H] and R h */
+    RF_NORM_C,    /* [H] and c */
+    RF_NORM_BIAS, /* [H] what is added to a normalised c */
+    RF_N_UNIT_WEIGHTS
+} rf_unit_weights_id;
+
 /* Parameters of one direction, or their gradients. G gates, in the order of rnnfast/cells.py; N
  * numbers of h, P or H. Biases may be NULL (as parameters: zeros); as gradients each may (not
  * wanted). */
 typedef struct {
-    void *W;          /* [G*H, I] */
-    void *R;          /* [G*H, N] */
-    void *b_ih;       /* [G*H] */
-    void *b_hh;       /* [G*H] */
-    void *peephole;   /* [p*H] weights of single units, of a cell that has such */
-    void *projection; /* [P, H], of a shape with P */
+    void *W;                               /* [G*H, I] */
+    void *R;                               /* [G*H, N] */
+    void *unit_weights[RF_N_UNIT_WEIGHTS]; /* by rf_unit_weights_id; NULL where the cell has none */
+    void *projection;                      /* [P, H], of a shape with P */
 } rf_weights;
 
 /* Called by worker 0, now and then; nonzero asks the call to end early, its outputs void. */

@@ -58,6 +58,7 @@ RF_INLINE ivec isplat(T_int s) { return s - (ivec){0}; }
 RF_INLINE vec fma_(vec a, vec b, vec c) { return RF_PS(_mm512_fmadd)(a, b, c); }
 RF_INLINE vec min_keep(vec limit, vec x) { return RF_PS(_mm512_min)(limit, x); }
 RF_INLINE vec max_keep(vec limit, vec x) { return RF_PS(_mm512_max)(limit, x); }
+RF_INLINE vec sqrt_(vec x) { return RF_PS(_mm512_sqrt)(x); }
 RF_INLINE vec load_n(const T *p, ptrdiff_t n) {
     return RF_PS(_mm512_maskz_loadu)((1u << n) - 1, p);
 }
@@ -66,6 +67,7 @@ RF_INLINE void store_n(T *p, ptrdiff_t n, vec v) { RF_PS(_mm512_mask_storeu)(p, 
 RF_INLINE vec fma_(vec a, vec b, vec c) { return RF_PS(_mm256_fmadd)(a, b, c); }
 RF_INLINE vec min_keep(vec limit, vec x) { return RF_PS(_mm256_min)(limit, x); }
 RF_INLINE vec max_keep(vec limit, vec x) { return RF_PS(_mm256_max)(limit, x); }
+RF_INLINE vec sqrt_(vec x) { return RF_PS(_mm256_sqrt)(x); }
 RF_INLINE ivec first_lanes(ptrdiff_t n) {
 #if RF_DOUBLE
     return (ivec){0, 1, 2, 3} < isplat((T_int)n);
@@ -85,13 +87,16 @@ RF_INLINE void store_n(T *p, ptrdiff_t n, vec v) {
 RF_INLINE vec fma_(vec a, vec b, vec c) {
     return (vec)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 }
+RF_INLINE vec sqrt_(vec x) { return (vec)vsqrtq_f64((float64x2_t)x); }
 #else
 RF_INLINE vec fma_(vec a, vec b, vec c) {
     return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
+RF_INLINE vec sqrt_(vec x) { return (vec)vsqrtq_f32((float32x4_t)x); }
 #endif
 #else
 RF_INLINE vec fma_(vec a, vec b, vec c) { return a * b + c; }
+RF_INLINE vec sqrt_(vec x) { return RF_PS(_mm_sqrt)(x); }
 #endif
 /* A comparison with a NaN is false, so x is what stays. */
 RF_INLINE vec min_keep(vec limit, vec x) {

@@ -84,9 +84,7 @@ cdef extern from "kernels.h":
     ctypedef struct rf_weights:
         void *W
         void *R
-        void *b_ih
-        void *b_hh
-        void *peephole
+        void *unit_weights[7]
         void *projection
     ctypedef int (*rf_poll)(void *) noexcept
     ctypedef struct rf_run:

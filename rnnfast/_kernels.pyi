@@ -84,9 +84,9 @@ def pack(
 ) -> Pack:
     """One (W [GH, I], R [GH, H], b_ih [GH] or None, b_hh [GH] or None) per direction.
 
-    Of a cell with p peepholes these [pH] are the fifth; the sixth is a projection [P, H], and R is
-    [GH, P] then. With sizes = I, H, P (or 0) and the bytes of a number, also the addresses of
-    these, as int.
+    Further ones as cells.PARAMETERS has them, None for what the cell has not, or nothing at the
+    end. With a projection [P, H], the last of all, R is [GH, P]. With sizes = I, H, P (or 0) and
+    the bytes of a number, also the addresses of these, as int.
     """
 
 def forward(

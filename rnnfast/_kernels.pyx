@@ -66,9 +66,9 @@ cdef int poll(void *context) noexcept with gil:
 # ---- buffers and memory ---------------------------------------------------------------------------
 
 cdef enum:
-    # Of one call: 12 arrays, 12 gradients, 4 of a light tape, 6 to add to, 4 starts; of what happens
+    # Of one call: 12 arrays, 20 gradients, 4 of a light tape, 10 to add to, 4 starts; of what happens
     # between steps 3 of each of 4 settings, and 3 others.
-    MOST_VIEWS = 54
+    MOST_VIEWS = 66
 
 
 cdef struct Views:
@@ -267,9 +267,16 @@ cdef class Pack:
         return self.shape.directions
 
 
-cdef inline tuple whole(tuple weights):
-    """All that a direction may have, None for what is left out at the end."""
-    return weights + (None,) * (6 - len(weights))
+cdef inline int take_weights(Views *views, tuple given, int flags, rf_weights *out) except -1:
+    """One direction's weights or gradients, as cells.PARAMETERS orders them; what is left out at the
+    end is None."""
+    cdef Py_ssize_t i, n = len(given)
+    cdef object none = None
+    take(views, given[0], flags, &out.W)
+    take(views, given[1], flags, &out.R)
+    for i in range(7):
+        take(views, given[2 + i] if 2 + i < n else none, flags, &out.unit_weights[i])
+    return take(views, given[9] if n > 9 else none, flags, &out.projection)
 
 
 def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=None):
@@ -286,20 +293,14 @@ def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=N
             self.shape.I, self.shape.H, self.shape.P, size = sizes
             self.kernels = current[size == 8]
         for d in range(len(weights)):
-            W, R, b_ih, b_hh, peephole, projection = whole(weights[d])
-            take(&views, W, 0, &w[d].W)
-            take(&views, R, 0, &w[d].R)
-            if d == 0 and sizes is None:
+            take_weights(&views, weights[d], 0, &w[d])
+            if d == 0 and sizes is None:  # W, R first; a projection, if there is one, last
                 self.kernels = current[views.view[0].itemsize == 8]
                 self.shape.I = views.view[0].shape[1]
-                if projection is None:
-                    self.shape.H = views.view[1].shape[1]
-                else:
-                    self.shape.H, self.shape.P = projection.shape[1], projection.shape[0]
-            take(&views, b_ih, 0, &w[d].b_ih)
-            take(&views, b_hh, 0, &w[d].b_hh)
-            take(&views, peephole, 0, &w[d].peephole)
-            take(&views, projection, 0, &w[d].projection)
+                self.shape.H = views.view[1].shape[1]
+                if w[0].projection != NULL:
+                    self.shape.P = self.shape.H
+                    self.shape.H = views.view[views.n - 1].shape[1]
         self.shape.cell = cell
         self.shape.directions = len(weights)
         self.kind = kind
@@ -672,17 +673,6 @@ def wavefront(
     return PLANS[args.run.ran_plan], args.run.ran_threads
 
 
-cdef int take_gradients(Views *views, tuple grads, rf_weights *out) except -1:
-    """One direction's."""
-    W, R, b_ih, b_hh, peephole, projection = whole(grads)
-    take(views, W, PyBUF_WRITABLE, &out.W)
-    take(views, R, PyBUF_WRITABLE, &out.R)
-    take(views, b_ih, PyBUF_WRITABLE, &out.b_ih)
-    take(views, b_hh, PyBUF_WRITABLE, &out.b_hh)
-    take(views, peephole, PyBUF_WRITABLE, &out.peephole)
-    return take(views, projection, PyBUF_WRITABLE, &out.projection)
-
-
 def backward(
     Pack pack, x, lengths, gates, h_tape, c_tape, dy, dh_n, dc_n, dx, dh_0, dc_0, grads,
     bint reverse, int threads, int plan, tuple light=None, tuple add_to=None,
@@ -732,9 +722,9 @@ def backward(
         for d in range(pack.shape.directions):
             args.pack[d] = pack.direction[d]
             if grads is not None:
-                take_gradients(&views, grads[d], &args.grads[d])
+                take_weights(&views, grads[d], PyBUF_WRITABLE, &args.grads[d])
         if add_to is not None:
-            take_gradients(&views, add_to, &args.add_to)
+            take_weights(&views, add_to, PyBUF_WRITABLE, &args.add_to)
         args.reverse = reversed_bits(pack, reverse)
         set_run(&args.run, threads, plan)
         size = pack.kernels.backward_workspace(&args.shape, threads)

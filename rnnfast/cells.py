@@ -7,19 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peephole", "weight_hr")
+# Of gains and biases of a layer normalisation: those of the products, those of c.
+NORM_GATES = "weight_norm_ih", "weight_norm_hh"
+NORM_C = "weight_norm_c", "bias_norm_c"
 
+PARAMETERS = (
+    "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peephole", *NORM_GATES, *NORM_C,
+    "weight_hr",
+)  # fmt: skip
+# Those of single units, besides the biases: PARAMETERS[UNIT_WEIGHTS].
+UNIT_WEIGHTS = slice(4, 9)
 
-# By whether there are peepholes, and a projection: small calls feel it if they are put together.
+# By whether there are peepholes, what is normalised, and whether there is a projection: small calls
+# feel it if they are put together.
 _NAMES = {
-    (peepholes, projected): tuple(
+    (peepholes, norms, projected): tuple(
         name
         for name in PARAMETERS
-        if (peepholes or name != "weight_peephole") and (projected or name != "weight_hr")
+        if (peepholes or name != "weight_peephole")
+        and (name in norms or name not in NORM_GATES + NORM_C)
+        and (projected or name != "weight_hr")
     )
     for peepholes in (False, True)
+    for norms in ((), NORM_GATES, NORM_GATES + NORM_C)
     for projected in (False, True)
 }
 
@@ -32,7 +45,8 @@ class Cell:
     of DEFAULTS. `gates` is the order of the blocks of H rows in `weight_ih`, `weight_hh` and both
     biases (PyTorch's order). `tape_gates` is what the tape keeps per (step, row), in this order;
     `states` are the sequences carried through time. `peepholes` are the gates that see c, each
-    through one weight for each unit, in the order of `weight_peephole`.
+    through one weight for each unit, in the order of `weight_peephole`; `norms` the parameters of a
+    layer normalisation.
     """
 
     name: str
@@ -43,6 +57,7 @@ class Cell:
     states: tuple[str, ...]
     tape_gates: tuple[str, ...]
     peepholes: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -51,7 +66,14 @@ class Cell:
 
     def parameters(self, projected: bool = False) -> tuple[str, ...]:
         """Names of one layer's parameters in one direction, the biases among them."""
-        return _NAMES[bool(self.peepholes), projected]
+        return _NAMES[bool(self.peepholes), self.norms, projected]
+
+    @cached_property
+    def unit_weights(self) -> tuple[int, ...]:
+        """How many numbers of a unit those of PARAMETERS[UNIT_WEIGHTS] have; 0: there is none."""
+        blocks = dict.fromkeys(NORM_GATES, len(self.gates)) | dict.fromkeys(NORM_C, 1)
+        of_norms = (blocks[name] if name in self.norms else 0 for name in NORM_GATES + NORM_C)
+        return len(self.peepholes), *of_norms
 
     def weight_shapes(
         self, input_size: int, hidden_size: int, proj_size: int = 0
@@ -66,18 +88,23 @@ class Cell:
             "weight_peephole": (len(self.peepholes) * hidden_size,),
             "weight_hr": (proj_size, hidden_size),
         }
+        if self.norms:
+            shapes |= dict.fromkeys(NORM_GATES, (rows,)) | dict.fromkeys(NORM_C, (hidden_size,))
         return {name: shapes[name] for name in self.parameters(proj_size > 0)}
 
 
 # Of each kind of layer, the options that choose between cells.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "RNN": {"nonlinearity": "tanh"},
-    "LSTM": {"peephole": False, "coupled": False},
-    "GRU": {"reset_after": True},
+    "RNN": {"nonlinearity": "tanh", "layer_norm": None},
+    "LSTM": {"peephole": False, "coupled": False, "layer_norm": None},
+    "GRU": {"reset_after": True, "layer_norm": None},
 }
 
 # Of a GRU, "hn" is R_n h + b_hn: what the reset gate multiplies, needed for its gradient. A coupled
-# LSTM's forget gate is 1 - i.
+# LSTM's forget gate is 1 - i. Of a normalised cell the tape has W x and R h as they are, "x" and
+# "h" and the gate's name: their statistics, and the gates, are sooner computed again than read.
+_RAW_LSTM = "xi", "xf", "xg", "xo", "hi", "hf", "hg", "ho"
+
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
@@ -106,6 +133,26 @@ CELLS: dict[str, Cell] = {
         Cell(
             "lstm_coupled_peephole", 7, "LSTM", {"peephole": True, "coupled": True},
             ("i", "g", "o"), ("h", "c"), ("i", "g", "o"), ("i", "o"),
+        ),
+        Cell(
+            "rnn_tanh_norm", 8, "RNN", {"layer_norm": "gates"},
+            ("h",), ("h",), ("xh", "hh"), (), NORM_GATES,
+        ),
+        Cell(
+            "rnn_relu_norm", 9, "RNN", {"nonlinearity": "relu", "layer_norm": "gates"},
+            ("h",), ("h",), ("xh", "hh"), (), NORM_GATES,
+        ),
+        Cell(
+            "lstm_norm", 10, "LSTM", {"layer_norm": "gates"},
+            ("i", "f", "g", "o"), ("h", "c"), _RAW_LSTM, (), NORM_GATES + NORM_C,
+        ),
+        Cell(
+            "lstm_norm_cell", 11, "LSTM", {"layer_norm": "gates+cell"},
+            ("i", "f", "g", "o"), ("h", "c"), _RAW_LSTM, (), NORM_GATES + NORM_C,
+        ),
+        Cell(
+            "gru_norm", 12, "GRU", {"layer_norm": "gates"},
+            ("r", "z", "n"), ("h",), ("xr", "xz", "xn", "hr", "hz", "hn"), (), NORM_GATES,
         ),
     )
 }  # fmt: skip

@@ -775,59 +775,67 @@ def apart(name: str, array: ndarray, out_name: str, out: ndarray) -> None:
 Weights = tuple[tuple[ndarray | None, ...], ...]
 
 
-_LETTERS = "W", "R", "b_ih", "b_hh", "P", "W_hr"
-# Which of these there are, by how many a cell has and how many came: one more is a projection.
-_PLACES = {
-    (4, 4): (0, 1, 2, 3),
-    (4, 5): (0, 1, 2, 3, 5),
-    (5, 5): (0, 1, 2, 3, 4),
-    (5, 6): (0, 1, 2, 3, 4, 5),
-}
+_LETTERS = "W", "R", "b_ih", "b_hh", "P", "g_ih", "g_hh", "g_c", "b_c", "W_hr"
+_R_WORDS = "G*H, H", "G*H, P"
+_WORDS = "G*H, I", "", "G*H", "G*H", "p*H", "G*H", "G*H", "H", "H", "P, H"
+_BIASES = frozenset({2, 3, 8})  # may be None
+_NO_UNIT_WEIGHTS = 0, 0, 0, 0, 0
 
 
 @lru_cache  # small calls feel the words that they do not use
+def _places(unit_weights: tuple[int, ...], projected: bool) -> tuple[int, ...]:
+    """Which of _LETTERS there are."""
+    own = (4 + i for i, blocks in enumerate(unit_weights) if blocks)
+    return 0, 1, 2, 3, *own, *(9,) * projected
+
+
+@lru_cache
 def _labels(name: str, at: tuple[int, ...]) -> list[str]:
     return [f"{name} ({_LETTERS[place]})" for place in at]
 
 
-def _weights_needed(plain: int, projected: bool) -> str:
+def _weights_needed(at: tuple[int, ...], projected: bool) -> str:
     last = " or with W_hr" if projected else ""
-    return f"({', '.join(_LETTERS[:plain])}){last}, a pair of such tuples, or a pack"
+    letters = ", ".join(_LETTERS[place] for place in at)
+    return f"({letters}){last}, a pair of such tuples, or a pack"
 
 
 def weights(
-    name: str, value: Any, gates: int, peepholes: int = 0, projected: bool = False
-) -> Weights:
+    name: str, value: Any, gates: int, unit_weights: tuple[int, ...] = _NO_UNIT_WEIGHTS,
+    projected: bool = False,
+) -> Weights:  # fmt: skip
     """Raw weights of a layer, by the names of `cells.PARAMETERS`, per direction, of one dtype.
 
     `value` is (W, R, b_ih, b_hh), W [G*H, I], R [G*H, H] and the biases [G*H] or None, or a pair of
-    such tuples for two directions. Of a cell with p peepholes, these [p*H] follow. Where h may be
-    `projected`, W_hr [P, H] may be the last; R is [G*H, P] then. The first W decides between
-    float32 and float64.
+    such tuples for two directions. Those that a cell has of `unit_weights`, as in its row, follow:
+    of p peepholes [p*H], gains g_ih and g_hh [G*H], g_c and b_c [H], the last of which is a bias.
+    Where h may be `projected`, W_hr [P, H] may be the last; R is [G*H, P] then. The first W decides
+    between float32 and float64.
 
     >>> W, R, b = np.zeros((12, 2)), np.zeros((12, 3)), np.zeros(12)
-    >>> [a is not None for a in weights("weights", (W, R, b, None), 4)[0]]
-    [True, True, True, False, False, False]
+    >>> [a is not None for a in weights("weights", (W, R, b, None), 4)[0][:4]]
+    [True, True, True, False]
     """
     sequences = tuple, list
     if type(value) in sequences:
         value = tuple(tuple(one) if type(one) in sequences else one for one in tuple(value))
-    plain = 5 if peepholes else 4
+    at = _places(unit_weights, False)
     if type(value) is not tuple or not value:
-        fail(TypeError, name, describe(value), _weights_needed(plain, projected))
+        fail(TypeError, name, describe(value), _weights_needed(at, projected))
     directions = value if type(value[0]) is tuple else (value,)
     count = len(directions[0]) if type(directions[0]) is tuple else 0
-    wrong = len(directions) > 2 or not plain <= count <= plain + projected
+    wrong = len(directions) > 2 or not len(at) <= count <= len(at) + projected
     if wrong or any(type(one) is not tuple or len(one) != count for one in directions):
-        fail(ValueError, name, describe(value), _weights_needed(plain, projected))
-    at = _PLACES[plain, count]
+        fail(ValueError, name, describe(value), _weights_needed(at, projected))
+    if count > len(at):
+        at = _places(unit_weights, True)
     labels = _labels(name, at)
     # As arrays, each converted once, and then by shape: an object's answer may change.
     W = raw_array(labels[0], directions[0][0], FLOAT32, False)
     dtype = FLOAT64 if W.dtype == FLOAT64 else FLOAT32
     arrays = [
         [
-            None if array is None and p in (2, 3) else as_array(labels[p], array, dtype)
+            None if array is None and at[p] in _BIASES else as_array(labels[p], array, dtype)
             for p, array in enumerate((W, *one[1:]) if d == 0 else one)
         ]
         for d, one in enumerate(directions)
@@ -835,7 +843,7 @@ def weights(
     R = arrays[0][1]
     if W.ndim != 2 or W.shape[1] < 1:
         fail(ValueError, labels[0], f"shape {W.shape}", f"[{gates}*H, I], both at least 1")
-    if at[-1] == 5:
+    if at[-1] == 9:
         last = arrays[0][-1]
         if last.ndim != 2 or not 1 <= last.shape[0] < last.shape[1]:
             fail(ValueError, labels[-1], f"shape {last.shape}", "[P, H], P at least 1 and below H")
@@ -847,14 +855,17 @@ def weights(
     else:
         P = H = R.shape[1]
     rows = gates * H
-    shapes = (rows, W.shape[1]), (rows, P), (rows,), (rows,), (peepholes * H,), (P, H)
-    words = "G*H, I", "G*H, P" if P < H else "G*H, H", "G*H", "G*H", "p*H", "P, H"
+    shapes = [(rows, W.shape[1]), (rows, P), (rows,), (rows,), *_NO_UNIT_WEIGHTS, (P, H)]
+    for place in at[4:]:
+        if place < 9:
+            shapes[place] = (unit_weights[place - 4] * H,)
     found = []
     for one in arrays:
         own: list[ndarray | None] = [None] * len(shapes)
         for p, array in enumerate(one):
             if array is not None:
-                own[at[p]] = exact(labels[p], array, dtype, shapes[at[p]], words[at[p]])
+                words = _R_WORDS[P < H] if p == 1 else _WORDS[at[p]]
+                own[at[p]] = exact(labels[p], array, dtype, shapes[at[p]], words)
         found.append(tuple(own))
     return tuple(found)
 
@@ -996,6 +1007,31 @@ def _prefix(given: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
                 return f" (all names start with {shown}: prefix={shown})"
             return f" (names that start with {shown} are there: prefix={shown})"
     return ""
+
+
+def layer_norm(value: Any, choices: tuple[str, ...], **others: Any) -> str | None:
+    """What a layer normalises: None, or one of a few words; alone, of the options beside it.
+
+    >>> layer_norm("gates", ("gates",), peephole=True)
+    Traceback (most recent call last):
+    ValueError: layer_norm: got 'gates' with peephole=True; needs None, or peephole=False
+    """
+    if value is None:
+        return None
+    if type(value) is not str or value not in choices:
+        error = ValueError if type(value) is str else TypeError
+        needs = " or ".join(("None", *map(repr, choices)))
+        fail(error, "layer_norm", describe(value), needs)
+    for name, other in others.items():
+        usual = name == "reset_after"
+        if other is not usual:
+            fail(
+                ValueError,
+                "layer_norm",
+                f"{value!r} with {name}={other}",
+                f"None, or {name}={usual}",
+            )
+    return value
 
 
 CELL_OF_GATES = {1: ": of an RNN?", 3: ": of a GRU, or a coupled LSTM?", 4: ": of an LSTM?"}

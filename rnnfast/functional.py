@@ -427,8 +427,8 @@ def pack(cell: str, weights: Any, kind: str = "forward") -> Any:
 def _pack(cell: Cell, weights: Any, kind: int) -> tuple[Any, tuple | None]:
     """The pack of this kind, and the checked raw weights, or None if they came packed."""
     if type(weights) is not _kernels.Pack:
-        peepholes, projected = len(cell.peepholes), cell.kind == "LSTM"
-        raw = checks.weights("weights", weights, len(cell.gates), peepholes, projected)
+        projected = cell.kind == "LSTM"
+        raw = checks.weights("weights", weights, len(cell.gates), cell.unit_weights, projected)
         return _kernels.pack(cell.number, raw, kind, config.threads, config.plan), raw
     if not weights.nbytes:  # none that `pack` has made
         checks.fail(ValueError, "weights", "an empty pack", "one that `pack` has made")
@@ -642,25 +642,34 @@ def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
 # ---------------------------------------------------------------------------------- by cell
 
 
-def lstm_cell(peephole: bool, coupled: bool) -> Cell:
+def lstm_cell(peephole: bool, coupled: bool, layer_norm: str | None) -> Cell:
     """The row of the table that an LSTM's options ask for; so of the others. Checks these."""
-    peephole = checks.boolean("peephole", peephole)
-    return cell_of("LSTM", peephole=peephole, coupled=checks.boolean("coupled", coupled))
+    peephole, coupled = checks.boolean("peephole", peephole), checks.boolean("coupled", coupled)
+    if layer_norm is not None:
+        others = dict(peephole=peephole, coupled=coupled)
+        layer_norm = checks.layer_norm(layer_norm, ("gates", "gates+cell"), **others)
+    return cell_of("LSTM", peephole=peephole, coupled=coupled, layer_norm=layer_norm)
 
 
-def rnn_cell(nonlinearity: str) -> Cell:
+def rnn_cell(nonlinearity: str, layer_norm: str | None) -> Cell:
     word = checks.choice("nonlinearity", nonlinearity, ("tanh", "relu"))
-    return cell_of("RNN", nonlinearity=word)
+    if layer_norm is not None:
+        layer_norm = checks.layer_norm(layer_norm, ("gates",))
+    return cell_of("RNN", nonlinearity=word, layer_norm=layer_norm)
 
 
-def gru_cell(reset_after: bool) -> Cell:
-    return cell_of("GRU", reset_after=checks.boolean("reset_after", reset_after))
+def gru_cell(reset_after: bool, layer_norm: str | None) -> Cell:
+    reset_after = checks.boolean("reset_after", reset_after)
+    if layer_norm is not None:
+        layer_norm = checks.layer_norm(layer_norm, ("gates",), reset_after=reset_after)
+    return cell_of("GRU", reset_after=reset_after, layer_norm=layer_norm)
 
 
 def lstm_forward(
     x: Any, state: Any, weights: Any, *, lengths: Any = None, batch_first: bool = False,
     reverse: bool = False, train: bool = True, tape: str = "full", mask: Any = None,
     between: Between | None = None, peephole: bool = False, coupled: bool = False,
+    layer_norm: str | None = None,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], Tape | None]:  # fmt: skip
     """A layer of LSTM cells through time (equations: `rnnfast.reference.lstm_step` and its
     variants).
@@ -670,8 +679,11 @@ def lstm_forward(
     row; reverse: one direction, from each row's last valid step to its first; tape: "light" keeps
     states at some sqrt(T) steps alone, and backward computes all others again, to the same bits.
     peephole: gates see c, through a fifth weight P [3*H], of i, f and o; coupled: the forget gate
-    is 1 - i, so that G is 3 (i g o), and P, of i and o, [2*H]. A projection W_hr [P, H], if it is
-    the last of the weights, makes h and y of P numbers instead of H; R is [G*H, P] then.
+    is 1 - i, so that G is 3 (i g o), and P, of i and o, [2*H]. layer_norm: "gates" normalises W x,
+    R h, and c on its way into h, "gates+cell" also the c that is carried on; gains g_ih and g_hh
+    [4*H], g_c and its bias b_c [H] (or None) follow the biases, which are added after it. A
+    projection W_hr [P, H], if it is the last of the weights, makes h and y of P numbers instead of
+    H; R is [G*H, P] then.
     mask, instead of lengths: bool in x's layout [T, B], the steps that there are of each row, with
     holes in the middle too; the states pass over what is missing, and y is zero there. between:
     what happens to states between steps, see `Between`.
@@ -686,7 +698,7 @@ def lstm_forward(
     >>> y.shape, h_n.shape, tape.gates.shape
     ((3, 2, 1), (1, 2, 1), (1, 3, 2, 4, 1))
     """
-    cell = lstm_cell(peephole, coupled)
+    cell = lstm_cell(peephole, coupled, layer_norm)
     return _forward(
         cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
     )
@@ -695,14 +707,15 @@ def lstm_forward(
 def lstm_backward(
     tape: Tape, weights: Any, dy: Any, dstate: Any, *, need: Iterable[str] = NEEDS,
     clip: float | None = None, clip_norm: float | None = None, norms: bool = False,
-    peephole: bool = False, coupled: bool = False,
+    peephole: bool = False, coupled: bool = False, layer_norm: str | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients through the call of `lstm_forward` that made `tape`, which may be used again.
 
     weights: those of the forward call; dy: shaped as y, dstate: (dh_n, dc_n) shaped as the states,
     each may be None for zeros; need: which of "x", "state", "weight_ih", "weight_hh", "bias_ih",
-    "bias_hh", "weight_peephole" and "weight_hr" to compute, by default all that there are;
-    peephole, coupled: those of the forward call. clip, clip_norm: the gradient by h that later
+    "bias_hh", "weight_peephole", "weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c"
+    and "weight_hr" to compute, by default all that there are; peephole, coupled, layer_norm: those
+    of the forward call. clip, clip_norm: the gradient by h that later
     steps send to a step is clipped to [-clip, clip], and then, if its norm over the row's numbers
     is greater, scaled to clip_norm, before that of y comes in; norms: whether the norms of all of
     it, step by step, are wanted, to see it explode or vanish. Returns `Gradients`. Raises as
@@ -715,12 +728,18 @@ def lstm_backward(
     >>> grads.x.shape, grads.weights[0].shape, grads.state
     ((3, 2, 1), (4, 1), None)
     """
-    cell = lstm_cell(peephole, coupled)
+    cell = lstm_cell(peephole, coupled, layer_norm)
     return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
 def lstm_step(
-    x: Any, state: Any, weights: Any, *, peephole: bool = False, coupled: bool = False
+    x: Any,
+    state: Any,
+    weights: Any,
+    *,
+    peephole: bool = False,
+    coupled: bool = False,
+    layer_norm: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One step of an LSTM layer: x [B, I], state (h, c) each [B, H] or None -> the next (h, c).
 
@@ -731,18 +750,19 @@ def lstm_step(
     >>> h, c
     (array([0.]), array([0.]))
     """
-    return _step(lstm_cell(peephole, coupled), x, state, weights)
+    return _step(lstm_cell(peephole, coupled, layer_norm), x, state, weights)
 
 
 def rnn_forward(
     x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh", lengths: Any = None,
     batch_first: bool = False, reverse: bool = False, train: bool = True, tape: str = "full",
-    mask: Any = None, between: Between | None = None,
+    mask: Any = None, between: Between | None = None, layer_norm: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
     """A layer of simple recurrent cells, "tanh" or "relu", through time.
 
-    As `lstm_forward`, but for the state, which is h_0 alone (equations:
-    `rnnfast.reference.rnn_tanh_step`, `rnn_relu_step`).
+    As `lstm_forward`, but for the state, which is h_0 alone, and the one kind of layer_norm,
+    "gates", with gains g_ih and g_hh [H] (equations: `rnnfast.reference.rnn_tanh_step`,
+    `rnn_relu_step` and theirs with `norm`).
 
     >>> import numpy as np
     >>> weights = np.ones((1, 1)), np.full((1, 1), 2.0), None, None
@@ -750,7 +770,7 @@ def rnn_forward(
     >>> y.tolist(), h_n.tolist()
     ([[1.0], [3.0], [7.0]], [[7.0]])
     """
-    cell = rnn_cell(nonlinearity)
+    cell = rnn_cell(nonlinearity, layer_norm)
     return _forward(
         cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
     )
@@ -759,7 +779,7 @@ def rnn_forward(
 def rnn_backward(
     tape: Tape, weights: Any, dy: Any, dstate: Any, *, nonlinearity: str = "tanh",
     need: Iterable[str] = NEEDS, clip: float | None = None, clip_norm: float | None = None,
-    norms: bool = False,
+    norms: bool = False, layer_norm: str | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients through the call of `rnn_forward` that made `tape`; see `lstm_backward`.
 
@@ -770,11 +790,13 @@ def rnn_backward(
     >>> grads.x.tolist(), grads.state.tolist()
     ([[4.0], [2.0], [1.0]], [[8.0]])
     """
-    cell = rnn_cell(nonlinearity)
+    cell = rnn_cell(nonlinearity, layer_norm)
     return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
-def rnn_step(x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh") -> np.ndarray:
+def rnn_step(
+    x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh", layer_norm: str | None = None
+) -> np.ndarray:
     """One step of a simple recurrent layer: x [B, I], h [B, H] or None -> the next h.
 
     >>> import numpy as np
@@ -782,18 +804,19 @@ def rnn_step(x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh") ->
     >>> rnn_step(np.ones(1), np.ones(1), weights, nonlinearity="relu")
     array([3.])
     """
-    return _step(rnn_cell(nonlinearity), x, state, weights)
+    return _step(rnn_cell(nonlinearity, layer_norm), x, state, weights)
 
 
 def gru_forward(
     x: Any, state: Any, weights: Any, *, reset_after: bool = True, lengths: Any = None,
     batch_first: bool = False, reverse: bool = False, train: bool = True, tape: str = "full",
-    mask: Any = None, between: Between | None = None,
+    mask: Any = None, between: Between | None = None, layer_norm: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
     """A layer of gated recurrent units through time; the reset gate after the product, or before.
 
-    As `lstm_forward`, but for the state, which is h_0 alone (equations:
-    `rnnfast.reference.gru_step`, `gru_reset_before_step`).
+    As `lstm_forward`, but for the state, which is h_0 alone, and the one kind of layer_norm,
+    "gates", with gains g_ih and g_hh [3*H], where the reset gate is after the product (equations:
+    `rnnfast.reference.gru_step`, `gru_reset_before_step`, `gru_norm_step`).
 
     >>> import numpy as np
     >>> weights = np.ones((3, 1)), np.ones((3, 1)), None, None
@@ -801,7 +824,7 @@ def gru_forward(
     >>> y.shape, h_n.shape, tape.gates.shape
     ((2, 4, 1), (1, 4, 1), (1, 2, 4, 4, 1))
     """
-    cell = gru_cell(reset_after)
+    cell = gru_cell(reset_after, layer_norm)
     return _forward(
         cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
     )
@@ -810,7 +833,7 @@ def gru_forward(
 def gru_backward(
     tape: Tape, weights: Any, dy: Any, dstate: Any, *, reset_after: bool = True,
     need: Iterable[str] = NEEDS, clip: float | None = None, clip_norm: float | None = None,
-    norms: bool = False,
+    norms: bool = False, layer_norm: str | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients through the call of `gru_forward` that made `tape`; see `lstm_backward`.
 
@@ -820,15 +843,17 @@ def gru_backward(
     >>> gru_backward(tape, weights, np.ones_like(y), None, need="state").state.shape
     (1, 4, 1)
     """
-    cell = gru_cell(reset_after)
+    cell = gru_cell(reset_after, layer_norm)
     return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
-def gru_step(x: Any, state: Any, weights: Any, *, reset_after: bool = True) -> np.ndarray:
+def gru_step(
+    x: Any, state: Any, weights: Any, *, reset_after: bool = True, layer_norm: str | None = None
+) -> np.ndarray:
     """One step of a GRU layer: x [B, I], h [B, H] or None -> the next h.
 
     >>> import numpy as np
     >>> gru_step(np.zeros((2, 1)), None, (np.ones((3, 1)), np.ones((3, 1)), None, None)).shape
     (2, 1)
     """
-    return _step(gru_cell(reset_after), x, state, weights)
+    return _step(gru_cell(reset_after, layer_norm), x, state, weights)

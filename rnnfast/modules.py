@@ -50,6 +50,7 @@ from .streams import Stream
 from .tapes import StackTape
 
 LATER: dict[str, Any] = {
+    "layer_norm": None,
     "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0, "padding": "zeros",
     "merge": CONCAT, "learn_initial": False, "drop_connect": 0.0,
 }  # fmt: skip
@@ -130,6 +131,8 @@ class Recurrent:
             self._flat[...] = random.uniform(-bound, bound, numbers)
             for state in self._initial or ():
                 state[...] = 0
+            if cell.norms:
+                self._fill_normalised()
             self._fill_more()
         self._built = True
 
@@ -152,6 +155,12 @@ class Recurrent:
         if p or any(zoneout):
             self._regular = Regular(p, variational, zoneout, given["seed"])
         self._usual = not self._holds and self._regular is None
+
+    def _fill_normalised(self) -> None:
+        """Gains of a normalisation begin at one, and all biases, which come after it, at zero."""
+        for name, param in self._params.items():
+            if name.startswith(("bias", "weight_norm")):
+                param[...] = 0 if name.startswith("bias") else 1
 
     def _fill_more(self) -> None:
         """Initial values of a class's own, after the random ones."""
@@ -181,7 +190,7 @@ class Recurrent:
     input_size = _argument("input_size", "I")
     hidden_size = _argument("hidden_size", "H")
     num_layers = _argument("num_layers", "L")
-    bias = _argument("bias", "Whether there are bias_ih and bias_hh.")
+    bias = _argument("bias", "Whether there are bias_ih and bias_hh, and a bias_norm_c.")
     batch_first = _argument("batch_first", "Whether x and y are [B, T, ...].")
     dropout = _argument("dropout", "Probability of a drop between layers, in `forward_train`.")
     bidirectional = _argument("bidirectional", "Whether D is 2.")
@@ -195,6 +204,7 @@ class Recurrent:
     zoneout = _argument("zoneout", "Probability that h (and c) stay as they were in a step.")
     padding = _argument("padding", 'What y is at missing steps: "zeros", or "hold" the last one.')
     dtype = _argument("dtype", "float32 or float64: of parameters, inputs and results.")
+    layer_norm = _argument("layer_norm", "What is normalised, or None.")
     seed = _argument("seed", "Of the initial parameters and of dropout; drawn if none was given.")
 
     @property
@@ -955,7 +965,8 @@ class Recurrent:
 DEFAULTS = {
     "num_layers": 1, "nonlinearity": "tanh", "bias": True, "batch_first": False, "dropout": 0.0,
     "bidirectional": False, "proj_size": 0, "peephole": False, "coupled": False,
-    "forget_bias": None, "reset_after": True, "merge": CONCAT, "learn_initial": False,
+    "forget_bias": None, "reset_after": True, "layer_norm": None,
+    "merge": CONCAT, "learn_initial": False,
     "drop_connect": 0.0, "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0,
     "padding": "zeros",
 }  # fmt: skip
@@ -990,6 +1001,10 @@ class RNN(Recurrent):
     "tanh" or "relu"; bias; batch_first: x and y are [B, T, ...]; dropout: the probability, in
     [0, 1], with which `forward_train` drops a number between two layers; bidirectional.
 
+    layer_norm: "gates" normalises W x and R h, each over its whole row, and gives each gains
+    (`weight_norm_ih`, `weight_norm_hh`; one at first, and the biases, which are added after it,
+    zero; equations: `rnnfast.reference`); None: nothing is.
+
     Then merge: how both directions become one y, and so the x of the layer above: side by side
     ("concat"), or as their "sum", "mean" or product ("mul"), which have H numbers instead of 2 H
     (Keras's merge_mode, where "mean" is "ave"); states stay apart. learn_initial: what a call
@@ -1022,7 +1037,8 @@ class RNN(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
         bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
-        bidirectional: bool = False, *, merge: str = CONCAT, learn_initial: bool = False,
+        bidirectional: bool = False, *, layer_norm: str | None = None,
+        merge: str = CONCAT, learn_initial: bool = False,
         drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
@@ -1031,7 +1047,8 @@ class RNN(Recurrent):
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers,
                 nonlinearity=nonlinearity, bias=bias, batch_first=batch_first, dropout=dropout,
-                bidirectional=bidirectional, merge=merge, learn_initial=learn_initial,
+                bidirectional=bidirectional, layer_norm=layer_norm,
+                merge=merge, learn_initial=learn_initial,
                 drop_connect=drop_connect, recurrent_dropout=recurrent_dropout,
                 variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
@@ -1039,7 +1056,7 @@ class RNN(Recurrent):
 
     @staticmethod
     def _cell_of(arguments: dict[str, Any]) -> Cell:
-        return functional.rnn_cell(arguments["nonlinearity"])
+        return functional.rnn_cell(arguments["nonlinearity"], arguments["layer_norm"])
 
 
 class LSTM(Recurrent):
@@ -1050,7 +1067,10 @@ class LSTM(Recurrent):
     gates i and f see the c before the step and o the one after it, each unit through a weight of
     its own (`weight_peephole`, in this order). coupled: the forget gate is 1 - i, and has no
     parameters (CIFG); gates i g o. forget_bias: what the biases of the forget gate sum up to at
-    first, 1 to remember from the start, or None for random ones. The states are a pair, (h, c).
+    first, 1 to remember from the start, or None for random ones. layer_norm: "gates" normalises
+    c, too, on its way into h, with gain and bias (`weight_norm_c`, `bias_norm_c`), and "gates+cell"
+    the c that goes on to the next step; neither with peephole or coupled. The states are a pair,
+    (h, c).
 
     >>> lstm = LSTM(3, 5, num_layers=2, bidirectional=True)
     >>> y, (h_n, c_n) = lstm(np.zeros((7, 2, 3), np.float32), lengths=[7, 4])
@@ -1067,7 +1087,8 @@ class LSTM(Recurrent):
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
         proj_size: int = 0, *, peephole: bool = False, coupled: bool = False,
-        forget_bias: float | None = None, merge: str = CONCAT, learn_initial: bool = False,
+        forget_bias: float | None = None, layer_norm: str | None = None,
+        merge: str = CONCAT, learn_initial: bool = False,
         drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
@@ -1077,6 +1098,7 @@ class LSTM(Recurrent):
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
                 proj_size=proj_size, peephole=peephole, coupled=coupled, forget_bias=forget_bias,
+                layer_norm=layer_norm,
                 merge=merge, learn_initial=learn_initial, drop_connect=drop_connect,
                 recurrent_dropout=recurrent_dropout, variational=variational, zoneout=zoneout,
                 padding=padding, dtype=dtype, seed=seed,
@@ -1088,7 +1110,8 @@ class LSTM(Recurrent):
         size = arguments["proj_size"] = checks.integer("proj_size", arguments["proj_size"], 0)
         if size >= arguments["hidden_size"]:
             checks.fail(ValueError, "proj_size", str(size), "less than hidden_size, or 0 for none")
-        cell = functional.lstm_cell(arguments["peephole"], arguments["coupled"])
+        options = (arguments[name] for name in ("peephole", "coupled", "layer_norm"))
+        cell = functional.lstm_cell(*options)
         if arguments["forget_bias"] is not None:
             value = checks.finite("forget_bias", arguments["forget_bias"], arguments["dtype"])
             arguments["forget_bias"] = value
@@ -1105,7 +1128,7 @@ class LSTM(Recurrent):
             return
         at = self._cell.gates.index("f") * self.hidden_size
         for name, bias in self._params.items():
-            if name.startswith("bias"):
+            if name.startswith(("bias_ih", "bias_hh")):
                 bias[at : at + self.hidden_size] = value if name.startswith("bias_ih") else 0
 
     proj_size = _argument("proj_size", "P: numbers that h is projected to, or 0.")
@@ -1118,7 +1141,8 @@ class GRU(Recurrent):
     """A stack of layers of gated recurrent units, gates r z n as in torch.nn.GRU.
 
     Arguments as of `RNN`, without nonlinearity; reset_after: the reset gate scales R h + b_hn
-    (PyTorch's form), or, if False, h before the product (ONNX's default). The states are one array.
+    (PyTorch's form), or, if False, h before the product (ONNX's default), then without layer_norm.
+    The states are one array.
 
     >>> gru = GRU(3, 5, batch_first=True)
     >>> y, h_n = gru(np.zeros((2, 7, 3), np.float32))
@@ -1131,7 +1155,8 @@ class GRU(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
-        reset_after: bool = True, merge: str = CONCAT, learn_initial: bool = False,
+        reset_after: bool = True, layer_norm: str | None = None,
+        merge: str = CONCAT, learn_initial: bool = False,
         drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
         zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
         seed: int | None = None,
@@ -1140,7 +1165,8 @@ class GRU(Recurrent):
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
-                reset_after=reset_after, merge=merge, learn_initial=learn_initial,
+                reset_after=reset_after, layer_norm=layer_norm,
+                merge=merge, learn_initial=learn_initial,
                 drop_connect=drop_connect, recurrent_dropout=recurrent_dropout,
                 variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
             )
@@ -1148,4 +1174,4 @@ class GRU(Recurrent):
 
     @staticmethod
     def _cell_of(arguments: dict[str, Any]) -> Cell:
-        return functional.gru_cell(arguments["reset_after"])
+        return functional.gru_cell(arguments["reset_after"], arguments["layer_norm"])

@@ -110,7 +110,7 @@ def module_bytes(
 ) -> int:  # fmt: skip
     """Bytes, at least, that a module will take; by formula, as L may be anything yet."""
     rows = len(cell.gates) * H
-    per_direction = rows * ((P or H) + 2 * bias) + (len(cell.peepholes) + P) * H
+    per_direction = rows * ((P or H) + 2 * bias) + (sum(cell.unit_weights) + P) * H
     above = (1 if merged else D) * (P or H)
     numbers = D * (L * per_direction + rows * I + (L - 1) * rows * above)
     numbers += learned * L * D * ((P or H) + (len(cell.states) - 1) * H)

@@ -64,8 +64,9 @@ def relu(z):
 # A step:       x [n, I], states before (each [n, H]), weights -> states after, gates for the tape.
 # Its backward: d(states after), gates, states before, states after, R
 #               -> dz_x, dz_h [n, G*H], d(states before), dR [G*H, H]
-# Where a cell has peepholes, P [p*H], one weight for each unit, is the last argument of both, and
-# dP the last result of the latter.
+# Where a cell has weights of single units, as peepholes P [p*H], they are the last arguments of
+# both, and their gradients the last results of the latter. A normalised cell adds its biases after
+# the normalisation: they too are arguments of its backward, before the others, and have gradients.
 # Where h goes past the products, too (a GRU's), the states before may be (h, seen): the h that goes
 # past, and the one that R multiplies; d(states before) is then of both.
 # where z_x = x W^T + b_ih is what comes from the input and z_h = h R^T + b_hh what comes from the
@@ -283,6 +284,188 @@ def gru_reset_before_step_backward(d_after, gates, before, after, R):
     return dz, dz, apart(before, dh, d_seen), dR
 
 
+# Layer normalisation within the recurrence, of Ba, Kiros and Hinton, "Layer normalization", arXiv
+# 1607.06450 (equations 20 to 31), in the form of the library haste: what comes from x and what
+# comes from h are normalised apart, each over all numbers of its row, the gates' together, and each
+# has gains g of its own, but the plain biases: z = g_ih LN(W x) + b_ih + g_hh LN(R h) + b_hh.
+
+EPSILON = 1e-5  # PyTorch's default; under the root, so that a row of equal numbers becomes zeros
+
+
+def normalise(v):
+    """LN(v) = (v - mean) / sqrt(var + EPSILON) over each row, var being the biased one.
+
+    Returns it, and 1 / sqrt(var + EPSILON), which `normalise_backward` wants.
+
+    >>> normalise(np.array([[1.0, 3.0], [2.0, 2.0]]))[0].round(3).tolist()
+    [[-1.0, 1.0], [0.0, 0.0]]
+    """
+    centred = v - v.mean(axis=1, keepdims=True)
+    scale = 1 / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + EPSILON)
+    return centred * scale, scale
+
+
+def normalise_backward(d_normal, normal, scale):
+    """The gradient by v, of the results of `normalise`: mean and var depend on v as well."""
+    d_mean = d_normal.mean(axis=1, keepdims=True)
+    d_var = (d_normal * normal).mean(axis=1, keepdims=True)
+    return scale * (d_normal - d_mean - normal * d_var)
+
+
+def normal_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh):
+    """z_x and z_h of W x and R h."""
+    return normalise(raw_x)[0] * g_ih + b_ih, normalise(raw_h)[0] * g_hh + b_hh
+
+
+def normal_gates_backward(dz_x, dz_h, raw_x, raw_h, g_ih, g_hh):
+    """Gradients by W x, R h, b_ih, b_hh, g_ih and g_hh, of those by z_x and z_h."""
+    normal_x, scale_x = normalise(raw_x)
+    normal_h, scale_h = normalise(raw_h)
+    return (
+        normalise_backward(dz_x * g_ih, normal_x, scale_x),
+        normalise_backward(dz_h * g_hh, normal_h, scale_h),
+        dz_x.sum(axis=0),
+        dz_h.sum(axis=0),
+        (dz_x * normal_x).sum(axis=0),
+        (dz_h * normal_h).sum(axis=0),
+    )
+
+
+def rnn_tanh_norm_step(x, before, W, R, b_ih, b_hh, g_ih, g_hh):
+    """h' = tanh(z)."""
+    (h,) = before
+    raw = x @ W.T, h @ R.T
+    z_x, z_h = normal_gates(*raw, b_ih, b_hh, g_ih, g_hh)
+    return (tanh(z_x + z_h),), raw
+
+
+def rnn_tanh_norm_step_backward(d_after, gates, before, after, R, b_ih, b_hh, g_ih, g_hh):
+    (dh_new,), (h,), (h_new,) = d_after, before, after
+    dz = dh_new * (1 - h_new) * (1 + h_new)
+    d_x, d_h, *d_more = normal_gates_backward(dz, dz, *gates, g_ih, g_hh)
+    return d_x, d_h, (d_h @ R,), d_h.T @ h, *d_more
+
+
+def rnn_relu_norm_step(x, before, W, R, b_ih, b_hh, g_ih, g_hh):
+    """h' = relu(z)."""
+    (h,) = before
+    raw = x @ W.T, h @ R.T
+    z_x, z_h = normal_gates(*raw, b_ih, b_hh, g_ih, g_hh)
+    return (relu(z_x + z_h),), raw
+
+
+def rnn_relu_norm_step_backward(d_after, gates, before, after, R, b_ih, b_hh, g_ih, g_hh):
+    (dh_new,), (h,), (h_new,) = d_after, before, after
+    dz = np.where(h_new.real <= 0, 0, dh_new)
+    d_x, d_h, *d_more = normal_gates_backward(dz, dz, *gates, g_ih, g_hh)
+    return d_x, d_h, (d_h @ R,), d_h.T @ h, *d_more
+
+
+def lstm_norm_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh):
+    z_x, z_h = normal_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh)
+    z_i, z_f, z_g, z_o = split(z_x + z_h, 4)
+    return sigmoid(z_i), sigmoid(z_f), tanh(z_g), sigmoid(z_o)
+
+
+def lstm_norm_step(x, before, W, R, b_ih, b_hh, g_ih, g_hh, g_c, b_c):
+    """LSTM with normalised gates, and a c that is normalised on its way out: the c that goes on to
+    the next step is not (Ba et al., equations 20 to 22; h' = o tanh(g_c LN(c') + b_c)).
+    """
+    h, c = before
+    raw_x, raw_h = x @ W.T, h @ R.T
+    i, f, g, o = lstm_norm_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh)
+    c_new = f * c + i * g
+    h_new = o * tanh(normalise(c_new)[0] * g_c + b_c)
+    return (h_new, c_new), (*split(raw_x, 4), *split(raw_h, 4))
+
+
+def lstm_norm_step_backward(
+    d_after, gates, before, after, R, b_ih, b_hh, g_ih, g_hh, g_c, b_c
+):  # fmt: skip
+    (dh_new, dc_new), (h, c), (_, c_new) = d_after, before, after
+    raw_x, raw_h = join(*gates[:4]), join(*gates[4:])
+    i, f, g, o = lstm_norm_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh)
+    normal, scale = normalise(c_new)
+    tanh_c = tanh(normal * g_c + b_c)
+    d_out = dh_new * o * (1 - tanh_c) * (1 + tanh_c)
+    dc = dc_new + normalise_backward(d_out * g_c, normal, scale)
+    dz_i = dc * g * i * (1 - i)
+    dz_f = dc * c * f * (1 - f)
+    dz_g = dc * i * (1 - g) * (1 + g)
+    dz_o = dh_new * tanh_c * o * (1 - o)
+    dz = join(dz_i, dz_f, dz_g, dz_o)
+    d_x, d_h, *d_more = normal_gates_backward(dz, dz, raw_x, raw_h, g_ih, g_hh)
+    d_norm = (d_out * normal).sum(axis=0), d_out.sum(axis=0)
+    return d_x, d_h, (d_h @ R, dc * f), d_h.T @ h, *d_more, *d_norm
+
+
+def lstm_norm_cell_step(x, before, W, R, b_ih, b_hh, g_ih, g_hh, g_c, b_c):
+    """LSTM with normalised gates and a normalised c, which also goes on to the next step:
+    c' = g_c LN(f c + i g) + b_c, h' = o tanh(c'), as LayerNormLSTMCell of PyTorch's example
+    benchmarks/fastrnns/custom_lstms.py.
+    """
+    h, c = before
+    raw_x, raw_h = x @ W.T, h @ R.T
+    i, f, g, o = lstm_norm_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh)
+    c_new = normalise(f * c + i * g)[0] * g_c + b_c
+    h_new = o * tanh(c_new)
+    return (h_new, c_new), (*split(raw_x, 4), *split(raw_h, 4))
+
+
+def lstm_norm_cell_step_backward(
+    d_after, gates, before, after, R, b_ih, b_hh, g_ih, g_hh, g_c, b_c
+):  # fmt: skip
+    (dh_new, dc_new), (h, c), (_, c_new) = d_after, before, after
+    raw_x, raw_h = join(*gates[:4]), join(*gates[4:])
+    i, f, g, o = lstm_norm_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh)
+    normal, scale = normalise(f * c + i * g)
+    tanh_c = tanh(c_new)
+    d_out = dc_new + dh_new * o * (1 - tanh_c) * (1 + tanh_c)  # by c', after the normalisation
+    dc = normalise_backward(d_out * g_c, normal, scale)
+    dz_i = dc * g * i * (1 - i)
+    dz_f = dc * c * f * (1 - f)
+    dz_g = dc * i * (1 - g) * (1 + g)
+    dz_o = dh_new * tanh_c * o * (1 - o)
+    dz = join(dz_i, dz_f, dz_g, dz_o)
+    d_x, d_h, *d_more = normal_gates_backward(dz, dz, raw_x, raw_h, g_ih, g_hh)
+    d_norm = (d_out * normal).sum(axis=0), d_out.sum(axis=0)
+    return d_x, d_h, (d_h @ R, dc * f), d_h.T @ h, *d_more, *d_norm
+
+
+def gru_norm_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh):
+    z_x, z_h = normal_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh)
+    x_r, x_z, x_n = split(z_x, 3)
+    h_r, h_z, hn = split(z_h, 3)
+    r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
+    return r, z, tanh(x_n + r * hn), hn
+
+
+def gru_norm_step(x, before, W, R, b_ih, b_hh, g_ih, g_hh):
+    """GRU, reset after the product, of normalised products: hn = g_hn LN(R h)_n + b_hn."""
+    h, seen = before[0], before[-1]
+    raw_x, raw_h = x @ W.T, seen @ R.T
+    _, z, n, _ = gru_norm_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh)
+    h_new = (1 - z) * n + z * h
+    return (h_new,), (*split(raw_x, 3), *split(raw_h, 3))
+
+
+def gru_norm_step_backward(d_after, gates, before, after, R, b_ih, b_hh, g_ih, g_hh):
+    (dh_new,), h, seen = d_after, before[0], before[-1]
+    raw_x, raw_h = join(*gates[:3]), join(*gates[3:])
+    r, z, n, hn = gru_norm_gates(raw_x, raw_h, b_ih, b_hh, g_ih, g_hh)
+    dz_n = dh_new * (1 - z) * (1 - n) * (1 + n)
+    dz_z = dh_new * (h - n) * z * (1 - z)
+    dz_r = dz_n * hn * r * (1 - r)
+    dz_x, dz_h = join(dz_r, dz_z, dz_n), join(dz_r, dz_z, dz_n * r)
+    d_x, d_h, *d_more = normal_gates_backward(dz_x, dz_h, raw_x, raw_h, g_ih, g_hh)
+    return d_x, d_h, apart(before, dh_new * z, d_h @ R), d_h.T @ seen, *d_more
+
+
+PEEPHOLE = ("weight_peephole",)
+NORM = "weight_norm_ih", "weight_norm_hh"
+NORM_C = *NORM, "weight_norm_c", "bias_norm_c"
+
+
 class Equations(NamedTuple):
     """A cell as its equations, and how many states and tape gates they speak of."""
 
@@ -290,19 +473,25 @@ class Equations(NamedTuple):
     step_backward: Callable
     states: int
     tape_gates: int
+    more: tuple = ()  # names of its weights of single units
 
 
 EQUATIONS = {
     "rnn_tanh": Equations(rnn_tanh_step, rnn_tanh_step_backward, 1, 0),
     "rnn_relu": Equations(rnn_relu_step, rnn_relu_step_backward, 1, 0),
     "lstm": Equations(lstm_step, lstm_step_backward, 2, 4),
-    "lstm_peephole": Equations(lstm_peephole_step, lstm_peephole_step_backward, 2, 4),
+    "lstm_peephole": Equations(lstm_peephole_step, lstm_peephole_step_backward, 2, 4, PEEPHOLE),
     "lstm_coupled": Equations(lstm_coupled_step, lstm_coupled_step_backward, 2, 3),
     "lstm_coupled_peephole": Equations(
-        lstm_coupled_peephole_step, lstm_coupled_peephole_step_backward, 2, 3
+        lstm_coupled_peephole_step, lstm_coupled_peephole_step_backward, 2, 3, PEEPHOLE
     ),
     "gru": Equations(gru_step, gru_step_backward, 1, 4),
     "gru_reset_before": Equations(gru_reset_before_step, gru_reset_before_step_backward, 1, 3),
+    "rnn_tanh_norm": Equations(rnn_tanh_norm_step, rnn_tanh_norm_step_backward, 1, 2, NORM),
+    "rnn_relu_norm": Equations(rnn_relu_norm_step, rnn_relu_norm_step_backward, 1, 2, NORM),
+    "lstm_norm": Equations(lstm_norm_step, lstm_norm_step_backward, 2, 8, NORM_C),
+    "lstm_norm_cell": Equations(lstm_norm_cell_step, lstm_norm_cell_step_backward, 2, 8, NORM_C),
+    "gru_norm": Equations(gru_norm_step, gru_norm_step_backward, 1, 6, NORM),
 }
 
 # --------------------------------------------------------------------------------- through time
@@ -408,8 +597,16 @@ class Between(NamedTuple):
             dh = np.clip(dh, -self.clip, self.clip)
         if self.clip_norm:
             norm = np.sqrt((dh * dh).sum(axis=1, keepdims=True))
-            dh = np.where(norm > self.clip_norm, dh * self.clip_norm / np.maximum(norm, 1e-300), dh)
+            dh = np.where(
+                norm > self.clip_norm, dh * self.clip_norm / np.maximum(norm, self.clip_norm), dh
+            )
         return dh
+
+
+def _zero_for_none(units, rows, H, dtype):
+    """Biases [G*H] and weights of single units, zeros where there are none: of a last b_c, [H]."""
+    sizes = rows, rows, *[H] * (len(units) - 2)
+    return [np.zeros(n, dtype) if one is None else one for one, n in zip(units, sizes, strict=True)]
 
 
 def forward(
@@ -419,12 +616,12 @@ def forward(
     """One layer in one direction through time.
 
     cell: a name in EQUATIONS; x [T, B, I]; state: the initial states, each [B, H] (h, and for the
-    LSTM c), or None for zeros; weights: (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]), and P
-    [p*H] of a cell with peepholes; a bias may be None; lengths [B], each in 0..T, or None for T;
-    reverse: from each row's last valid step to its first; projection [P, H]: what the cell makes is
-    projected to h, so that h and y have P numbers, and R is [G*H, P] (Sak, Senior and Beaufays,
-    arXiv 1402.1128; torch.nn.LSTM's weight_hr); mask bool [T, B]: instead of lengths, the steps
-    that there are of each row; between: a `Between`.
+    LSTM c), or None for zeros; weights: (W [G*H, I], R [G*H, H], b_ih [G*H], b_hh [G*H]), and those
+    of single units, as its Equations name them; a bias may be None; lengths [B], each in 0..T, or
+    None for T; reverse: from each row's last valid step to its first; projection [P, H]: what the
+    cell makes is projected to h, so that h and y have P numbers, and R is [G*H, P] (Sak, Senior and
+    Beaufays, arXiv 1402.1128; torch.nn.LSTM's weight_hr); mask bool [T, B]: instead of lengths, the
+    steps that there are of each row; between: a `Between`.
 
     Returns y [T, B, H], zeros past a row's length; the states after each row's last valid step,
     each [B, H] (its initial ones if its length is 0); and the tape, a dict of gates [T, B, Gt, H]
@@ -436,16 +633,15 @@ def forward(
     >>> y[:, 0, 0].tolist(), h_n.tolist()
     ([1.0, 3.0, 7.0], [[7.0]])
     """
-    step, _, n_states, n_gates = EQUATIONS[cell]
+    step, _, n_states, n_gates, _ = EQUATIONS[cell]
     T, B, _ = x.shape
-    W, R, b_ih, b_hh, *P = weights
+    W, R = weights[:2]
     H, N = R.shape[1] if projection is None else projection.shape[1], R.shape[1]
     between = between or Between()
     values = [value for _, value in (*between.h, *between.c)]
     given = [a for a in (x, *weights, *(state or ()), projection, *values) if a is not None]
     dtype = np.result_type(*given)
-    zero_bias = np.zeros(len(R), dtype)
-    weights = W, R, zero_bias if b_ih is None else b_ih, zero_bias if b_hh is None else b_hh, *P
+    units = _zero_for_none(weights[2:], len(R), H, dtype)
 
     y = np.zeros((T, B, N), dtype)
     gates = np.full((T, B, n_gates, H), np.nan, dtype)
@@ -455,7 +651,8 @@ def forward(
 
     for s, t, rows in walk(T, B, lengths, reverse, mask):
         before = tuple(sequence[s, rows] for sequence in states)
-        made, step_gates = step(x[t, rows], between.before(cell, before, t, rows), *weights)
+        seen = between.before(cell, before, t, rows)
+        made, step_gates = step(x[t, rows], seen, W, R, *units)
         if projection is not None:
             made = made[0] @ projection.T, *made[1:]
         after = between.after(before, made, t, rows)
@@ -484,8 +681,8 @@ def backward(
     "Backpropagation through time", 1990); so is dc_steps [T, B, H], by the c after each step.
 
     Returns a dict: x [T, B, I] (zeros past a row's length), state (a tuple of [B, H], by the
-    initial states), weight_ih, weight_hh, bias_ih, bias_hh (None where the bias is), and
-    weight_peephole and weight_hr where these are. Where something happens between steps, also
+    initial states), weight_ih, weight_hh, bias_ih, bias_hh (None where the bias is), the cell's
+    weights of single units, and weight_hr where it is. Where something happens between steps, also
     values, for h and c the gradients by each setting's values, and norms [T, B], of the gradient by
     h.
 
@@ -496,16 +693,19 @@ def backward(
     >>> grads["x"][:, 0, 0].tolist(), grads["weight_hh"].tolist()
     ([4.0, 2.0, 1.0], [[5.0]])
     """
-    step, step_backward, n_states, n_gates = EQUATIONS[cell]
+    step, step_backward, n_states, n_gates, names = EQUATIONS[cell]
     T, B, _ = x.shape
-    W, R, b_ih, b_hh, *P = weights
+    W, R, *units = weights
+    names = "bias_ih", "bias_hh", *names
+    absent = {name for name, one in zip(names, units, strict=True) if one is None}
     states = [tape["h"], tape["c"]][:n_states]
     dtype = states[0].dtype
     dx, dW, dR = np.zeros(x.shape, dtype), np.zeros(W.shape, dtype), np.zeros(R.shape, dtype)
-    db_ih, db_hh = np.zeros(len(W), dtype), np.zeros(len(R), dtype)
-    dP = [np.zeros(p.shape, dtype) for p in P]
+    H = R.shape[1] if projection is None else projection.shape[1]
+    units = _zero_for_none(units, len(R), H, dtype)
+    d_units = [np.zeros(one.shape, dtype) for one in units]
+    normalised = "weight_norm_ih" in names  # biases come after, and their gradients before it
     d_projection = None if projection is None else np.zeros(projection.shape, dtype)
-    zero_bias = np.zeros(len(R), dtype)
     # By the states of each row at the step the walk has reached. A row joins in at its last step.
     d_states = [np.zeros(sequence.shape[1:], dtype) for sequence in states]
     for i, d_last in enumerate(dstate or ()):
@@ -528,36 +728,34 @@ def backward(
         before = happens.before(cell, before, t, rows)
         after = tuple(sequence[s + 1, rows] for sequence in states)
         if projection is not None or between:  # what the cell made, which the tape has not
-            biases = (zero_bias if b is None else b for b in (b_ih, b_hh))
-            after, _ = step(x[t, rows], before, W, R, *biases, *P)
+            after, _ = step(x[t, rows], before, W, R, *units)
         if projection is not None:
             d_projection += d_after[0].T @ after[0]
             d_after[0] = d_after[0] @ projection
-        dz_x, dz_h, d_before, dR_s, *dP_s = step_backward(d_after, gates, before, after, R, *P)
+        more = units if normalised else units[2:]
+        dz_x, dz_h, d_before, dR_s, *d_more = step_backward(d_after, gates, before, after, R, *more)
         d_before = happens.before_backward(cell, d_before, t, rows)
         for d, value, past in zip(d_states, d_before, d_past, strict=True):
             d[rows] = value + past
         dx[t, rows] = dz_x @ W
         dW += dz_x.T @ x[t, rows]
         dR += dR_s
-        db_ih += dz_x.sum(axis=0)
-        db_hh += dz_h.sum(axis=0)
-        for total, part in zip(dP, dP_s, strict=True):
+        if not normalised:
+            d_more = dz_x.sum(axis=0), dz_h.sum(axis=0), *d_more
+        for total, part in zip(d_units, d_more, strict=True):
             total += part
 
-    more = {"weight_peephole": dP[0]} if dP else {}
+    d_named = dict(zip(names, d_units, strict=True)) | dict.fromkeys(absent)
     if projection is not None:
-        more["weight_hr"] = d_projection
+        d_named["weight_hr"] = d_projection
     if between:
-        more |= {"values": values, "norms": norms}
+        d_named |= {"values": values, "norms": norms}
     return dict(
         x=dx,
         state=tuple(d_states),
         weight_ih=dW,
         weight_hh=dR,
-        bias_ih=None if b_ih is None else db_ih,
-        bias_hh=None if b_hh is None else db_hh,
-        **more,
+        **d_named,
     )
 
 
@@ -575,18 +773,16 @@ def stack_names(params):
     return [[f"_l{k}{d}" for d in directions] for k in range(layers)]
 
 
-def stack_weights(params, end):
+def stack_weights(cell, params, end):
     """(W, R, b_ih, b_hh) of the layer and direction whose names end so; None where absent.
 
-    P is the fifth, if there is one. Then the projection, or None.
+    Those of single units follow, if there are such. Then the projection, or None.
 
-    >>> stack_weights({"weight_ih_l0": 1, "weight_hh_l0": 2}, "_l0")
+    >>> stack_weights("lstm", {"weight_ih_l0": 1, "weight_hh_l0": 2}, "_l0")
     ((1, 2, None, None), None)
     """
-    names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+    names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", *EQUATIONS[cell].more
     weights = tuple(params.get(name + end) for name in names)
-    if "weight_peephole" + end in params:
-        weights = (*weights, params["weight_peephole" + end])
     return weights, params.get("weight_hr" + end)
 
 
@@ -640,7 +836,7 @@ def stack_forward(
         runs = []
         for d, end in enumerate(ends):
             first = None if state is None else tuple(s[k * len(ends) + d] for s in state)
-            weights, projection = stack_weights(params, end)
+            weights, projection = stack_weights(cell, params, end)
             how = dict(lengths=lengths, reverse=d == 1, projection=projection)
             how |= dict(mask=mask, between=between)
             runs.append(forward(cell, x, first, weights, **how))
@@ -675,7 +871,7 @@ def stack_backward(
         for d, end in enumerate(ends):
             which = k * len(ends) + d
             d_last = None if dstate is None else tuple(s[which] for s in dstate)
-            weights, projection = stack_weights(params, end)
+            weights, projection = stack_weights(cell, params, end)
             how = dict(lengths=lengths, reverse=d == 1, projection=projection)
             how |= dict(mask=mask, between=between)
             run = backward(cell, x, layer_tapes[d], weights, dys[d], d_last, **how)

@@ -372,7 +372,7 @@ def test_inference_expects_zoneout_and_streams_agree(cell):
     want = x.astype(np.float64)
     params = {name: array.astype(np.float64) for name, array in plain.params.items()}
     for end in ("_l0", "_l1"):
-        weights, _ = reference.stack_weights(params, end)
+        weights, _ = reference.stack_weights(cell, params, end)
         want, _, _ = reference.forward(
             cell, want, None, weights, between=reference.Between(hold=hold)
         )

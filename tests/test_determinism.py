@@ -74,7 +74,9 @@ def per_row(case):
 
 
 def unit_groups(case):
-    """Into how many parts the units of a layer can be cut: groups of 256 bytes."""
+    """Into how many parts the units of a layer can be cut: groups of 256 bytes; or none."""
+    if CELLS[case.cell].norms:  # needs whole rows
+        return 1
     return -(-case.shape.H * np.dtype(case.dtype).itemsize // 256)
 
 

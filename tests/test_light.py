@@ -107,7 +107,7 @@ def test_same_bits(cell, direction, dtype, isa, use_isa, choose, small_slices):
             if plan == "batch" and shape.B > 1 and lengths == "none":
                 assert (tape.plan, tape.threads) == ("batch", threads)
             if plan == "units" and shape.H == 70:  # more than a group of units
-                assert tape.plan == "units"
+                assert tape.plan == ("batch" if CELLS[cell].norms else "units")
             same_bits(got, want, f"{case}; {isa=} {threads=} {plan=}")
 
 

@@ -109,15 +109,16 @@ def test_gradients_by_central_differences(cell):
     n = len(state)
     for i, (array, grad) in enumerate(zip(arrays, grads, strict=True)):
         want = np.zeros(array.shape)
+        step = 1e-6 * np.abs(array).max()
         for index in np.ndindex(array.shape):
             both = []
-            for h in (1e-6, -1e-6):
+            for h in (step, -step):
                 moved = array.copy()
                 moved[index] += h
                 x_, *rest = *arrays[:i], moved, *arrays[i + 1 :]
                 both.append(loss(cell, x_, rest[:n], rest[n:], dy, dstate))
-            want[index] = (both[0] - both[1]) / 2e-6
-        # Truncation is 1e-12, cancellation eps |loss| / 1e-6 = 1e-9.
+            want[index] = (both[0] - both[1]) / (2 * step)
+        # Truncation is 1e-12 of the array's scale, cancellation eps |loss| / 1e-6 = 1e-9.
         assert_near(f"array {i}", grad, want, 1e-7)
 
 
@@ -167,6 +168,37 @@ def scalar_gru(x, h, W, R, b_ih, b_hh, reset_after):
     return ((1 - z) * n + z * h,)
 
 
+def scalar_norm(*v):
+    """The numbers of one row, normalised."""
+    mean = sum(v) / len(v)
+    var = sum((a - mean) ** 2 for a in v) / len(v)
+    return [(a - mean) / (var + 1e-5) ** 0.5 for a in v]
+
+
+def scalar_norms(x, h, W, R, b_ih, b_hh, g_ih, g_hh):
+    """What comes from x and from h, each normalised over the gates of the one unit."""
+    of_x = scalar_norm(*(w * x for w in W[:, 0]))
+    of_h = scalar_norm(*(r * h for r in R[:, 0]))
+    z_x = [g * v + b for g, v, b in zip(g_ih, of_x, b_ih, strict=True)]
+    z_h = [g * v + b for g, v, b in zip(g_hh, of_h, b_hh, strict=True)]
+    return z_x, z_h
+
+
+def scalar_lstm_norm(x, h, c, *weights, cell):
+    """An LSTM of these; a c of one unit is normalised to 0."""
+    *gates, _, b_c = weights
+    z_i, z_f, z_g, z_o = map(sum, zip(*scalar_norms(x, h, *gates), strict=True))
+    c = c / (1 + np.exp(-z_f)) + np.tanh(z_g) / (1 + np.exp(-z_i))
+    return np.tanh(b_c[0]) / (1 + np.exp(-z_o)), b_c[0] if cell else c
+
+
+def scalar_gru_norm(x, h, *weights):
+    """A GRU of these, r after the normalisation."""
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = scalar_norms(x, h, *weights)
+    r, z = 1 / (1 + np.exp(-x_r - h_r)), 1 / (1 + np.exp(-x_z - h_z))
+    return ((1 - z) * np.tanh(x_n + r * h_n) + z * h,)
+
+
 def scalar_rnn(x, h, W, R, b_ih, b_hh, f):
     """Likewise; one gate."""
     return (f(W[0, 0] * x + b_ih[0] + R[0, 0] * h + b_hh[0]),)
@@ -181,6 +213,12 @@ SCALAR = {
     "lstm_coupled_peephole": lambda x, s, w: scalar_coupled(x, *s, *w),
     "gru": lambda x, s, w: scalar_gru(x, *s, *w, True),
     "gru_reset_before": lambda x, s, w: scalar_gru(x, *s, *w, False),
+    # One number is normalised to 0.
+    "rnn_tanh_norm": lambda x, s, w: (np.tanh(w[2][0] + w[3][0]),),
+    "rnn_relu_norm": lambda x, s, w: (max(w[2][0] + w[3][0], 0.0),),
+    "lstm_norm": lambda x, s, w: scalar_lstm_norm(x, *s, *w, cell=False),
+    "lstm_norm_cell": lambda x, s, w: scalar_lstm_norm(x, *s, *w, cell=True),
+    "gru_norm": lambda x, s, w: scalar_gru_norm(x, *s, *w),
 }
 
 

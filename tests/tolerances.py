@@ -52,12 +52,13 @@ def relative_error(got, want):
     return float(error / norm(want)) if error else 0.0
 
 
-def assert_close(name, got, want, dtype, what="forward", *, context="", time_axis=None):
+def assert_close(name, got, want, dtype, what="forward", *, context="", time_axis=None, share=1):
     """Fails unless `got`, of `dtype`, is `want` (at least float64) within the bound for `what`.
 
     Checked are the relative L2 norm of the error over the whole array; that of each slice along
     `time_axis`, if there is one; and that no element is off by more than the same fraction of
-    the largest element. `context` is printed on failure: cell, dtype, isa, shape, seed.
+    the largest element. `context` is printed on failure: cell, dtype, isa, shape, seed; `share` of
+    the bound may be used.
     """
 
     def fail(problem):
@@ -84,7 +85,7 @@ def assert_close(name, got, want, dtype, what="forward", *, context="", time_axi
     if not np.isfinite(got).all():
         fail(f"{int((~np.isfinite(got)).sum())} of {got.size} elements are not finite")
 
-    limit = bound(dtype, what)
+    limit = share * bound(dtype, what)
     tiny = DENORMAL * float(np.finfo(dtype).tiny)
     error = np.abs(got - want)
     largest = np.abs(want).max()

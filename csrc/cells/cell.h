@@ -7,22 +7,32 @@
  * multiplies h; a second stage multiplies m, which the first one made of h (GRU, reset before the
  * product). Backward runs the stages from the last: pointwise gives dz, the product dm or dh.
  *
- * A cell may have weights of single units (peepholes): vectors [H] that its pointwise parts alone
- * read. Their gradients are sums over steps and rows, as a bias's are, so backward writes the terms
+ * A cell may have weights of single units (peepholes, gains) that its pointwise parts alone read.
+ * Their gradients are sums over steps and rows, as a bias's are, so backward writes the terms
  * behind the slots of dz, and they are summed up with it.
+ *
+ * Normalised cells have slots of their own for W x and for R h, which begin at zero: their parts
+ * normalise, and add the biases after it. Such a part is given whole rows, for it needs their sums.
  *
  * Where h is projected (of a cell with one stage), the scan does it: a pointwise part makes m
  * instead of h, and in backward it is given dm for dh, and makes m again. */
 
-#define RF_MAX_SLOTS 4
-#define RF_MAX_PEEPHOLES 3
+#define RF_MAX_GATES 4
+#define RF_MAX_SLOTS (2 * RF_MAX_GATES)
 #define RF_MAX_STAGES 2
 
 /* Slots that a product adds to, and the parameter gate (block of H rows) that goes into each. */
 typedef struct {
     int slot, n;
-    int gates[RF_MAX_SLOTS];
+    int gates[RF_MAX_GATES];
 } gate_slots;
+
+/* A vector [n*H] of weights of single units: the sum of which term of dz is the gradient of each of
+ * its n blocks; terms are counted on from the slots. */
+typedef struct {
+    int n;
+    int term[RF_MAX_GATES];
+} unit_weights;
 
 /* A block of rows and units at one step, forward. Row pointers lead to [H], gates to [Gt][H]. */
 typedef struct {
@@ -30,8 +40,9 @@ typedef struct {
     ptrdiff_t unit0, unit1; /* units [unit0, unit1), unit0 on a vector's border */
     T *z; /* in [rows][unit block][slot][W], from unit 0 on; a stage may write to its own slots */
     ptrdiff_t z_row;
-    const T *peepholes; /* in [peephole][unit block][W] */
-    ptrdiff_t peepholes_row;
+    const T
+        *unit_weights; /* in [vector][unit block][W]: what parts read of weights of single units */
+    ptrdiff_t unit_weights_row;
     const T *const *h_prev; /* in */
     const T *const *c_prev; /* in; may be the same rows as c */
     T *const *h;            /* out: read by the next step */
@@ -47,12 +58,12 @@ typedef struct {
     ptrdiff_t unit0, unit1;
     const T *const *gates, *const *h_prev, *const *h, *const *c_prev, *const *c; /* in: tape */
     int other_c; /* the tape's c may be another one than the cell made: it was set afterwards */
-    const T *peepholes; /* as forward */
-    ptrdiff_t peepholes_row;
+    const T *unit_weights; /* as forward */
+    ptrdiff_t unit_weights_row;
     const T *const *dy; /* in, or NULL: zeros */
     T *const *dh;       /* in: carried from step t+1, without dy; out: carried past the products */
     T *const *dc;       /* in: carried from step t+1; out: carried to step t-1 */
-    T *const *dz;       /* out [slot][H], then the terms of the peepholes' gradients */
+    T *const *dz;       /* out [slot][H], then the terms of gradients of single units' weights */
     T *const *dm;       /* in of stage 0: gradient of m */
     T *const *m;        /* out: m again, for the gradient of its weights; NULL: there is none */
 } backward_block;
@@ -65,8 +76,10 @@ typedef struct {
 
 typedef struct {
     int gates, slots, tape_gates, has_c;
+    int normalised; /* parts are given whole rows, slots begin at zero; of one stage alone */
     gate_slots input;
-    gate_slots peepholes; /* the slots of their gradients' terms, behind the others; n may be 0 */
+    int terms; /* behind the slots of dz */
+    unit_weights unit_weights[RF_N_UNIT_WEIGHTS];
     int stages;
     cell_stage stage[RF_MAX_STAGES];
 } cell;
@@ -89,6 +102,12 @@ RF_INLINE vec z_slot(const forward_block *b, ptrdiff_t r, ptrdiff_t u, int slots
 RF_INLINE void z_keep(const forward_block *b, ptrdiff_t r, ptrdiff_t u, int slots, int slot,
                       vec v) {
     store(b->z + r * b->z_row + u * slots + slot * W, v);
+}
+
+/* Block `i` of what parts read of weights of single units: of a normalised cell all, of others all
+ * but the biases, in the order of rf_unit_weights_id. */
+RF_INLINE vec unit_weight(const T *units, ptrdiff_t units_row, int i, ptrdiff_t u) {
+    return load(units + i * units_row + u);
 }
 
 RF_INLINE vec get(const T *const *rows, ptrdiff_t r, ptrdiff_t u, ptrdiff_t n) {

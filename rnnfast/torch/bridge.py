@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from .. import _kernels, checks, config, stack
-from ..cells import CELLS, PARAMETERS, Cell
+from ..cells import CELLS, PARAMETERS, UNIT_WEIGHTS, Cell
 from ..functional import BACKWARD, FORWARD, Sequence, Tape, as_steps, new_array
 from ..parameters import ENDS
 from .threads import call_threads
 
 DTYPES = torch.float32, torch.float64
+NO_UNIT_WEIGHTS = (None,) * len(PARAMETERS[UNIT_WEIGHTS])  # PyTorch's cells have but biases
 TORCHS = "rnn_tanh", "rnn_relu", "lstm", "gru"  # cells that PyTorch has: no others come here
 
 
@@ -279,7 +280,7 @@ def _pack(
 def _in_order(own: Items[Any]) -> tuple:
     """A direction's weights, or what belongs to them, as kernels take them: see PARAMETERS."""
     biases = own[2:4] if len(own) > 3 else (None, None)
-    projection = (None, own[-1]) if len(own) % 2 else ()
+    projection = (*NO_UNIT_WEIGHTS, own[-1]) if len(own) % 2 else ()
     return (*own[:2], *biases, *projection)
 
 

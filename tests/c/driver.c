@@ -26,25 +26,42 @@
 #define VALGRIND_MAKE_MEM_DEFINED(address, bytes) ((void)(address), (void)(bytes))
 #endif
 
-enum { ALIGN = 64, MAX_RUN_BUFFERS = 100, MAX_SLICES = 16 };
+enum { ALIGN = 64, MAX_RUN_BUFFERS = 140, MAX_SLICES = 16 };
 
+#define NORMS(n, ...) {[RF_NORM_IH] = n, [RF_NORM_HH] = n, ##__VA_ARGS__}
 static const struct {
     const char *name;
-    int gates, tape_gates, has_c, peepholes;
+    int gates, tape_gates, has_c;
+    int units[RF_N_UNIT_WEIGHTS]; /* blocks of H of each vector besides the biases */
 } cells[RF_N_CELLS] = {
-    [RF_RNN_TANH] = {"rnn_tanh", 1, 0, 0, 0},
-    [RF_RNN_RELU] = {"rnn_relu", 1, 0, 0, 0},
-    [RF_LSTM] = {"lstm", 4, 4, 1, 0},
-    [RF_GRU] = {"gru", 3, 4, 0, 0},
-    [RF_GRU_RESET_BEFORE] = {"gru_reset_before", 3, 3, 0, 0},
-    [RF_LSTM_PEEPHOLE] = {"lstm_peephole", 4, 4, 1, 3},
-    [RF_LSTM_COUPLED] = {"lstm_coupled", 3, 3, 1, 0},
-    [RF_LSTM_COUPLED_PEEPHOLE] = {"lstm_coupled_peephole", 3, 3, 1, 2},
+    [RF_RNN_TANH] = {"rnn_tanh", 1, 0, 0, {0}},
+    [RF_RNN_RELU] = {"rnn_relu", 1, 0, 0, {0}},
+    [RF_LSTM] = {"lstm", 4, 4, 1, {0}},
+    [RF_GRU] = {"gru", 3, 4, 0, {0}},
+    [RF_GRU_RESET_BEFORE] = {"gru_reset_before", 3, 3, 0, {0}},
+    [RF_LSTM_PEEPHOLE] = {"lstm_peephole", 4, 4, 1, {[RF_PEEPHOLE] = 3}},
+    [RF_LSTM_COUPLED] = {"lstm_coupled", 3, 3, 1, {0}},
+    [RF_LSTM_COUPLED_PEEPHOLE] = {"lstm_coupled_peephole", 3, 3, 1, {[RF_PEEPHOLE] = 2}},
+    [RF_RNN_TANH_NORM] = {"rnn_tanh_norm", 1, 2, 0, NORMS(1)},
+    [RF_RNN_RELU_NORM] = {"rnn_relu_norm", 1, 2, 0, NORMS(1)},
+    [RF_LSTM_NORM] = {"lstm_norm", 4, 8, 1, NORMS(4, [RF_NORM_C] = 1, [RF_NORM_BIAS] = 1)},
+    [RF_LSTM_NORM_CELL] = {"lstm_norm_cell", 4, 8, 1,
+                           NORMS(4, [RF_NORM_C] = 1, [RF_NORM_BIAS] = 1)},
+    [RF_GRU_NORM] = {"gru_norm", 3, 6, 0, NORMS(3)},
 };
 
 /* Arrays of a problem, each dense, all directions together. Parameters, in the order of their
  * gradients. */
-enum { X, H_0, C_0, W_IH, W_HH, B_IH, B_HH, PEEPHOLE, PROJECTION, N_PARAMS };
+enum {
+    X,
+    H_0,
+    C_0,
+    W_IH,
+    W_HH,
+    UNITS, /* by rf_unit_weights_id */
+    PROJECTION = UNITS + RF_N_UNIT_WEIGHTS,
+    N_PARAMS
+};
 /* What a run yields. */
 enum {
     Y,
@@ -58,16 +75,14 @@ enum {
     DC_0,
     DW_IH,
     DW_HH,
-    DB_IH,
-    DB_HH,
-    DP,
-    DPROJECTION,
+    DUNITS,
+    DPROJECTION = DUNITS + RF_N_UNIT_WEIGHTS,
     N_RESULTS
 };
 enum { N_WEIGHTS = N_RESULTS - DW_IH };
-static const char *const result_names[] = {"y",      "h_n",   "c_n",   "gates", "h_tape",
-                                           "c_tape", "dx",    "dh_0",  "dc_0",  "dW",
-                                           "dR",     "db_ih", "db_hh", "dP",    "dW_hr"};
+static const char *const result_names[] = {
+    "y",  "h_n",   "c_n",   "gates", "h_tape", "c_tape", "dx",   "dh_0", "dc_0", "dW",
+    "dR", "db_ih", "db_hh", "dP",    "dg_ih",  "dg_hh",  "dg_c", "db_c", "dW_hr"};
 
 typedef struct {
     rf_shape shape;
@@ -136,6 +151,8 @@ static ptrdiff_t length_of(const problem *p, ptrdiff_t b) {
 /* Numbers of h. */
 static ptrdiff_t h_size(const problem *p) { return p->shape.P ? p->shape.P : p->shape.H; }
 
+static int is_bias(int id) { return id == RF_BIAS_IH || id == RF_BIAS_HH || id == RF_NORM_BIAS; }
+
 static ptrdiff_t param_count(const problem *p, int param) {
     const rf_shape *s = &p->shape;
     const ptrdiff_t D = s->directions, rows = D * cells[s->cell].gates * s->H;
@@ -152,10 +169,11 @@ static ptrdiff_t param_count(const problem *p, int param) {
         return rows * h_size(p);
     case PROJECTION:
         return D * s->P * s->H;
-    case PEEPHOLE:
-        return D * cells[s->cell].peepholes * s->H;
-    default:
+    case UNITS + RF_BIAS_IH:
+    case UNITS + RF_BIAS_HH:
         return rows;
+    default:
+        return D * cells[s->cell].units[param - UNITS] * s->H;
     }
 }
 
@@ -197,6 +215,71 @@ NO_SANITIZE static double dot(const double *a, const double *b, ptrdiff_t n) {
     return sum;
 }
 
+/* A direction's vector of weights of single units. */
+static const double *units_of(const problem *p, int id, int d) {
+    return p->param[UNITS + id] + d * (param_count(p, UNITS + id) / p->shape.directions);
+}
+
+NO_SANITIZE static void naive_project(const problem *p, int d, const double *m, double *h) {
+    const ptrdiff_t P = p->shape.P, H = p->shape.H;
+    for (ptrdiff_t j = 0; j < P; j++) h[j] = dot(p->param[PROJECTION] + (d * P + j) * H, m, H);
+}
+
+/* v [n] normalised, in place. */
+NO_SANITIZE static void normalise(double *v, ptrdiff_t n) {
+    double mean = 0, var = 0;
+    for (ptrdiff_t i = 0; i < n; i++) mean += v[i] / (double)n;
+    for (ptrdiff_t i = 0; i < n; i++) var += (v[i] - mean) * (v[i] - mean) / (double)n;
+    for (ptrdiff_t i = 0; i < n; i++) v[i] = (v[i] - mean) / sqrt(var + 1e-5);
+}
+
+/* As naive_step, of the normalised cells. */
+NO_SANITIZE
+static void naive_norm_step(const problem *p, int d, const double *x, const double *h0,
+                            const double *c0, double *gates, double *h, double *c,
+                            const double *open) {
+    const int cell = p->shape.cell, carried = cell == RF_LSTM_NORM_CELL;
+    const ptrdiff_t I = p->shape.I, H = p->shape.H, N = h_size(p), rows = cells[cell].gates * H;
+    double *z[2] = {numbers(rows), numbers(rows)}, *out = numbers(H);
+    for (int of_h = 0; of_h < 2; of_h++) {
+        const ptrdiff_t n = of_h ? N : I;
+        const double *weights = p->param[of_h ? W_HH : W_IH] + d * rows * n;
+        const double *bias = units_of(p, of_h ? RF_BIAS_HH : RF_BIAS_IH, d);
+        const double *gain = units_of(p, of_h ? RF_NORM_HH : RF_NORM_IH, d);
+        for (ptrdiff_t i = 0; i < rows; i++)
+            gates[of_h * rows + i] = z[of_h][i] = dot(weights + i * n, of_h ? h0 : x, n);
+        normalise(z[of_h], rows);
+        for (ptrdiff_t i = 0; i < rows; i++) z[of_h][i] = gain[i] * z[of_h][i] + bias[i];
+    }
+#define Z(g) (z[0][(g) * H + u] + z[1][(g) * H + u])
+    for (ptrdiff_t u = 0; u < H; u++) {
+        if (cell == RF_RNN_TANH_NORM) {
+            h[u] = tanh(Z(0));
+        } else if (cell == RF_RNN_RELU_NORM) {
+            h[u] = (open ? open[u] : Z(0)) > 0 ? Z(0) : 0;
+        } else if (cell == RF_GRU_NORM) {
+            const double r = sigmoid(Z(0)), update = sigmoid(Z(1));
+            const double n = tanh(z[0][2 * H + u] + r * z[1][2 * H + u]);
+            h[u] = (1 - update) * n + update * h0[u];
+        } else {
+            c[u] = out[u] = sigmoid(Z(1)) * c0[u] + sigmoid(Z(0)) * tanh(Z(2));
+        }
+    }
+    if (cells[cell].has_c) {
+        const double *gain = units_of(p, RF_NORM_C, d), *bias = units_of(p, RF_NORM_BIAS, d);
+        normalise(out, H);
+        for (ptrdiff_t u = 0; u < H; u++) {
+            out[u] = gain[u] * out[u] + bias[u];
+            if (carried) c[u] = out[u];
+            h[u] = sigmoid(Z(3)) * tanh(out[u]);
+        }
+    }
+#undef Z
+    free(z[0]);
+    free(z[1]);
+    free(out);
+}
+
 /* One row, one step: gates [Gt, H], h [N] and c [H] of what came before. The equations are those of
  * rnnfast/reference.py. m [H] is scratch, of what a projected h is made of, too; a relu is open
  * where `open` [H] is positive, if it is given. */
@@ -206,9 +289,14 @@ static void naive_step(const problem *p, int d, const double *x, const double *h
     const ptrdiff_t I = p->shape.I, H = p->shape.H, N = h_size(p),
                     rows = cells[p->shape.cell].gates * H;
     const double *W = p->param[W_IH] + d * rows * I, *R = p->param[W_HH] + d * rows * N;
-    const double *b_ih = p->param[B_IH] + d * rows, *b_hh = p->param[B_HH] + d * rows;
-    const double *P = p->param[PEEPHOLE] + d * cells[p->shape.cell].peepholes * H;
+    const double *b_ih = units_of(p, RF_BIAS_IH, d), *b_hh = units_of(p, RF_BIAS_HH, d);
+    const double *P = units_of(p, RF_PEEPHOLE, d);
     double *const h = p->shape.P ? m : h_out;
+    if (cells[p->shape.cell].units[RF_NORM_IH]) {
+        naive_norm_step(p, d, x, h0, c0, gates, h, c, open);
+        naive_project(p, d, m, h_out);
+        return;
+    }
 #define AX(g, u) (dot(W + ((g) * H + (u)) * I, x, I) + b_ih[(g) * H + (u)])
 #define AH(g, u, v) (dot(R + ((g) * H + (u)) * N, v, N) + b_hh[(g) * H + (u)])
     if (p->shape.cell == RF_GRU_RESET_BEFORE)
@@ -266,8 +354,7 @@ static void naive_step(const problem *p, int d, const double *x, const double *h
         }
         for (int g = 0; g < cells[p->shape.cell].tape_gates; g++) gates[g * H + u] = gate[g];
     }
-    for (ptrdiff_t j = 0; j < p->shape.P; j++)
-        h_out[j] = dot(p->param[PROJECTION] + (d * p->shape.P + j) * H, m, H);
+    naive_project(p, d, m, h_out);
 #undef AX
 #undef AH
 }
@@ -573,19 +660,26 @@ static void *zero_or_in(run_buffers *run, const char *name, const double *values
     return zeros_as_null && is_zero(values, n) ? NULL : dense_in(run, name, values, n);
 }
 
+/* Where the weights, or their gradients, of a direction stand, in the order of the parameters. */
+static void weights_of(rf_weights *w, void **at[N_WEIGHTS]) {
+    at[0] = &w->W;
+    at[1] = &w->R;
+    for (int i = 0; i < RF_N_UNIT_WEIGHTS; i++) at[2 + i] = &w->unit_weights[i];
+    at[N_WEIGHTS - 1] = &w->projection;
+}
+
 static const void *run_pack(run_buffers *run, const problem *p, const rf_kernels *k,
                             rf_pack_kind kind, int d, int zeros_as_null) {
     const rf_shape *s = &p->shape;
-    const ptrdiff_t rows = cells[s->cell].gates * s->H, units = cells[s->cell].peepholes * s->H;
-    const rf_weights weights = {
-        dense_in(run, "weight_ih", p->param[W_IH] + d * rows * s->I, rows * s->I),
-        dense_in(run, "weight_hh", p->param[W_HH] + d * rows * h_size(p), rows * h_size(p)),
-        zero_or_in(run, "bias_ih", p->param[B_IH] + d * rows, rows, zeros_as_null),
-        zero_or_in(run, "bias_hh", p->param[B_HH] + d * rows, rows, zeros_as_null),
-        units ? dense_in(run, "peephole", p->param[PEEPHOLE] + d * units, units) : NULL,
-        s->P ? dense_in(run, "weight_hr", p->param[PROJECTION] + d * s->P * s->H, s->P * s->H)
-             : NULL,
-    };
+    rf_weights weights = {0};
+    void **in[N_WEIGHTS];
+    weights_of(&weights, in);
+    for (int i = 0; i < N_WEIGHTS; i++) {
+        const ptrdiff_t n = param_count(p, W_IH + i) / s->directions;
+        if (n)
+            *in[i] = zero_or_in(run, result_names[DW_IH + i] + 1, p->param[W_IH + i] + d * n, n,
+                                is_bias(W_IH + i - UNITS) && zeros_as_null);
+    }
     buffer *b = allocate(run, "pack", k->pack_size(s, kind), 1);
     rf_run pack_run = {.threads = 3};
     k->pack(s, kind, &weights, b->data, &pack_run);
@@ -687,8 +781,8 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
     if (WANTED(DH_0)) g.dh_0 = dense_out(&run, "dh_0", h_states);
     if (has_c && WANTED(DC_0)) g.dc_0 = dense_out(&run, "dc_0", c_states);
     for (int d = 0; d < D; d++) {
-        void **out[] = {&g.grads[d].W,    &g.grads[d].R,        &g.grads[d].b_ih,
-                        &g.grads[d].b_hh, &g.grads[d].peephole, &g.grads[d].projection};
+        void **out[N_WEIGHTS];
+        weights_of(&g.grads[d], out);
         for (int i = 0; i < N_WEIGHTS; i++)
             if (WANTED(DW_IH + i) && result_count(p, DW_IH + i))
                 *out[i] = dense_out(&run, result_names[DW_IH + i], result_count(p, DW_IH + i) / D);
@@ -706,11 +800,10 @@ static result run_kernels(const problem *p, const rf_kernels *k, const variant *
         const ptrdiff_t n = result_count(p, DW_IH + i) / D;
         r.a[DW_IH + i] = numbers(n * D);
         for (int d = 0; d < D; d++) {
-            const void *const from[] = {g.grads[d].W,        g.grads[d].R,
-                                        g.grads[d].b_ih,     g.grads[d].b_hh,
-                                        g.grads[d].peephole, g.grads[d].projection};
+            void **from[N_WEIGHTS];
+            weights_of(&g.grads[d], from);
             for (ptrdiff_t j = 0; j < n; j++)
-                r.a[DW_IH + i][d * n + j] = get_number(&run, from[i], j);
+                r.a[DW_IH + i][d * n + j] = get_number(&run, *from[i], j);
         }
     }
     check_inputs(&run);
@@ -787,8 +880,8 @@ static result run_sliced(const problem *p, const rf_kernels *k, const variant *v
         g.dy.data = offset(&run, dy.data, d * N);
         g.dx = dx;
         g.add_dx = d;
-        void **out[] = {&g.grads[0].W,    &g.grads[0].R,        &g.grads[0].b_ih,
-                        &g.grads[0].b_hh, &g.grads[0].peephole, &g.grads[0].projection};
+        void **out[N_WEIGHTS];
+        weights_of(&g.grads[0], out);
         for (int i = 0; i < N_WEIGHTS; i++)
             *out[i] = offset(&run, grads[i], d * (result_count(p, DW_IH + i) / D));
         g.workspace = allocate(&run, "workspace", k->backward_workspace(&one, v->threads), 1)->data;
@@ -846,6 +939,12 @@ static ptrdiff_t some_projection(int cell, ptrdiff_t H) {
     return cells[cell].has_c && H > 1 && n_problems % 2 ? 1 + random_below(H - 1) : 0;
 }
 
+/* Normalised products have a spread of some sqrt(1e-5), which is added to their variance: of larger
+ * ones of few inputs or units most of a gradient lies along the product, and is lost. */
+static double spread_of(int cell, int param) {
+    return cells[cell].units[RF_NORM_IH] && (param == W_IH || param == W_HH) ? 3e-3 : 1;
+}
+
 static problem make_problem(int cell, int walk, const ptrdiff_t size[4], ptrdiff_t P, int lengths) {
     problem p = {.shape = {cell, walks[walk].directions, size[0], size[1], size[2], size[3], P},
                  .reverse = walks[walk].reverse};
@@ -861,12 +960,12 @@ static problem make_problem(int cell, int walk, const ptrdiff_t size[4], ptrdiff
     /* Every third problem has no initial states, every fourth no biases, every fifth no dy, no
      * dh_n, no dc_n: zeros, which some runs are given as a null pointer. */
     for (int i = 0; i < N_PARAMS; i++) {
-        const double scale = i == W_IH         ? 1.5 / sqrt((double)s->I + 1)
-                             : i == W_HH       ? 1.5 / sqrt((double)h_size(&p) + 1)
+        const double scale = i == W_IH   ? spread_of(cell, i) * 1.5 / sqrt((double)s->I + 1)
+                             : i == W_HH ? spread_of(cell, i) * 1.5 / sqrt((double)h_size(&p) + 1)
                              : i == PROJECTION ? 1.5 / sqrt((double)s->H + 1)
                                                : 1;
         const int zeros = ((i == H_0 || i == C_0) && n_problems % 3 == 0) ||
-                          ((i == B_IH || i == B_HH) && n_problems % 4 == 0);
+                          (i >= UNITS && is_bias(i - UNITS) && n_problems % 4 == 0);
         p.param[i] = random_numbers(param_count(&p, i), zeros ? 0 : scale);
     }
     for (int i = 0; i < 3; i++)
@@ -892,14 +991,16 @@ static void check_gradient(const char *where, problem *p, const result *r, unsig
         const ptrdiff_t n = param_count(p, i);
         was[i] = p->param[i];
         sign[i] = numbers(n);
-        for (ptrdiff_t j = 0; j < n; j++) sign[i][j] = random_bits() >> 63 ? 1 : -1;
+        for (ptrdiff_t j = 0; j < n; j++)
+            sign[i][j] = (random_bits() >> 63 ? 1 : -1) * spread_of(p->shape.cell, i);
         if (n) {
             along += dot(sign[i], r->a[DX + i], n);
             norm += dot(r->a[DX + i], r->a[DX + i], n);
         }
         count += (double)n;
     }
-    const double step = 3e-4 / sqrt(count + 1);
+    /* A normalisation of few numbers bends more. */
+    const double step = (cells[p->shape.cell].units[RF_NORM_IH] ? 5e-5 : 3e-4) / sqrt(count + 1);
     for (int k = 0; k < 4; k++) {
         for (int i = 0; i < N_PARAMS; i++) {
             if (!was[i]) continue;
@@ -1105,7 +1206,7 @@ static void check_poll(void) {
     float *c = must(calloc((steps + (size_t)s.B) * (size_t)s.H, 4));
     float *state = must(calloc(2 * states, 4));
     float *weights = must(calloc(rows * (size_t)(s.I + s.H), 4));
-    const rf_weights w = {weights, weights + rows * (size_t)s.I, NULL, NULL, NULL, NULL};
+    const rf_weights w = {weights, weights + rows * (size_t)s.I, {NULL}, NULL};
     for (int threads = 1; threads <= 4; threads += 3) {
         void *pack[2], *workspace[2];
         const ptrdiff_t bytes[] = {k->forward_workspace(&s, threads),
@@ -1138,7 +1239,7 @@ static void check_poll(void) {
                               .dx = {dx, s.B * s.I, s.I},
                               .pack = {pack[1]},
                               .tape = f.tape,
-                              .grads = {{weights, w.R, NULL, NULL}},
+                              .grads = {{.W = weights, .R = w.R}},
                               .workspace = workspace[1],
                               .run = run};
         const char *where = threads == 1 ? "one thread" : "four threads";
