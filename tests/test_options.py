@@ -17,7 +17,7 @@ import pytest
 
 import rnnfast
 
-PAGE = Path(rnnfast.__file__).parent / "OPTIONS.md"
+PAGE = Path(__file__).parent.parent / "rnnfast" / "OPTIONS.md"
 KINDS = {"RNN": rnnfast.RNN, "LSTM": rnnfast.LSTM, "GRU": rnnfast.GRU}
 T, B, I, H, V = 5, 3, 4, 4, 4
 LENGTHS = np.array([5, 2, 4])
