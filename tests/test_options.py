@@ -45,11 +45,6 @@ OPTIONS = (
     Option("forget_bias", {"forget_bias": 1.0}, kinds=("LSTM",)),
     Option('layer_norm="gates"', {"layer_norm": "gates"}),
     Option('layer_norm="gates+cell"', {"layer_norm": "gates+cell"}, kinds=("LSTM",)),
-    Option("activations", {"activations": ("hardsigmoid", "softsign", "tanh")}, kinds=("LSTM",)),
-    Option("activations", {"activations": ("hardsigmoid", "softsign")}, kinds=("GRU",)),
-    Option("activations", {"activations": ("softsign",)}, kinds=("RNN",)),
-    Option("clip", {"clip": 0.4}),
-    Option("cell_clip", {"cell_clip": 0.3}, kinds=("LSTM",)),
     Option("bias=False", {"bias": False}),
     Option("num_layers", {"num_layers": 2}),
     Option("batch_first", {"batch_first": True}),
@@ -293,7 +288,7 @@ def test_pair(kind, a, b):
     found = verdict(kind, rows[a], rows[b])
     table = PAGE.read_text(encoding="utf-8").split(f"## {kind}\n")[1].split("\n## ")[0]
     line = next(one for one in table.splitlines() if one.startswith(f"| {b + 1} "))
-    said = line.split(" | ")[a + 1].strip()
+    said = line.split(" | ")[a + 1].strip(" |")
     if found in ("", "apart"):
         assert said == ("+" if found == "" else "")
     else:
