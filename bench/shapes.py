@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..cells import CELLS, Cell
+from .. import cells
 from ..parameters import parameter_shapes, size
 from .happenings import HAPPENINGS
 
 # One call is: a pass over the sequence; that and all gradients; T calls, one for each step.
 MODES = ("inference", "training", "stream")
+# A general cell is not one layer to measure, but as many as there are activations and clips.
+CELLS = {name: row for name, row in cells.CELLS.items() if not row.general}
 # Of a model of PyTorch's around the layer (see `models`) one call is: a step of training, optimiser
 # and all; the same of the compiled model; a pass from tokens to scores.
 MODEL_MODES = ("step", "step-compiled", "predict")
@@ -166,7 +168,7 @@ class Suite:
     all_threads: bool = False
 
 
-def _options(row: Cell) -> str:
+def _options(row: cells.Cell) -> str:
     """A cell's options, in words."""
     return f" ({', '.join(f'{name}={value}' for name, value in row.options.items())})"
 

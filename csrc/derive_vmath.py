@@ -33,6 +33,7 @@ class Precision:
     free: int  # low bits left zero in the high part of ln 2: k * high is then exact for all k
     exp_terms: int
     tanh_terms: int
+    log1p_terms: int
     tanh_limit: str  # tanh rounds to 1 from here
     tanh_offset: int  # k = max(0, round(c |x| - offset))
     tanh_threshold: mpf  # k = 0 below
@@ -45,8 +46,8 @@ class Precision:
 
 PRECISIONS = (
     # The threshold is just above atanh(1/2).
-    Precision("f", 24, 9, 5, 5, "9.1", 1, mpf("0.5494")),
-    Precision("", 53, 12, 10, 6, "19.2", 0, LN2 / 4),
+    Precision("f", 24, 9, 5, 5, 4, "9.1", 1, mpf("0.5494")),
+    Precision("", 53, 12, 10, 6, 10, "19.2", 0, LN2 / 4),
 )
 
 EXP_SCALE = mpf(7) / 4
@@ -121,6 +122,18 @@ def tanh_polynomial(p: Precision) -> tuple[list[mpf], mpf]:
     )
 
 
+def log1p_polynomial(p: Precision) -> tuple[list[mpf], mpf]:
+    """Fit log(1 + t) = 2 atanh(v/2) = v + v q c(q), 0 <= t <= 1, v = t / (1 + t/2), q = v^2."""
+    return fit(
+        lambda q: (2 * mp.atanh(mp.sqrt(q) / 2) / mp.sqrt(q) - 1) / q,
+        lambda q: q * mp.sqrt(q) / (2 * mp.atanh(mp.sqrt(q) / 2)),
+        p.log1p_terms,
+        mpf("1e-12"),
+        mpf(4) / 9,
+        p.bits,
+    )
+
+
 def literal(value: mpf, p: Precision) -> str:
     """Return an exact C literal."""
     mantissa, exponent = float(value).hex().split("p")
@@ -142,6 +155,7 @@ def main() -> None:
         for name, (c, error) in (
             ("exp", exp_polynomial(p)),
             ("tanh", tanh_polynomial(p)),
+            ("log1p", log1p_polynomial(p)),
         ):
             units = mp.nstr(mp.ldexp(error, p.bits), 2)
             print(f"/* {name}: relative error {mp.nstr(error, 2)} = {units} * 2^-{p.bits} */")

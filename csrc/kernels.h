@@ -25,6 +25,13 @@ typedef enum {
     RF_LSTM_NORM,      /* and of c on its way into h */
     RF_LSTM_NORM_CELL, /* and of the c that is carried on */
     RF_GRU_NORM,       /* reset after the product */
+    RF_RNN_GENERAL,    /* from here on: any activations and clips, an rf_functions */
+    RF_LSTM_GENERAL,
+    RF_LSTM_PEEPHOLE_GENERAL,
+    RF_LSTM_COUPLED_GENERAL,
+    RF_LSTM_COUPLED_PEEPHOLE_GENERAL,
+    RF_GRU_GENERAL,
+    RF_GRU_RESET_BEFORE_GENERAL,
     RF_N_CELLS
 } rf_cell_id;
 
@@ -40,7 +47,36 @@ typedef enum {
     RF_N_PLANS
 } rf_plan;
 typedef enum { RF_PACK_FORWARD, RF_PACK_BACKWARD } rf_pack_kind;
-typedef enum { RF_EXP, RF_TANH, RF_SIGMOID, RF_N_VMATH } rf_vmath_id;
+typedef enum { RF_EXP, RF_TANH, RF_SIGMOID, RF_EXPM1, RF_SOFTPLUS, RF_N_VMATH } rf_vmath_id;
+
+/* ONNX's activations, with its alpha and beta; equations in rnnfast/reference.py. */
+typedef enum {
+    RF_ACT_SIGMOID,
+    RF_ACT_TANH,
+    RF_ACT_RELU,
+    RF_ACT_AFFINE,
+    RF_ACT_LEAKY_RELU,
+    RF_ACT_THRESHOLDED_RELU,
+    RF_ACT_SCALED_TANH,
+    RF_ACT_HARD_SIGMOID,
+    RF_ACT_ELU,
+    RF_ACT_SOFTSIGN,
+    RF_ACT_SOFTPLUS,
+    RF_N_ACTIVATIONS
+} rf_activation_id;
+
+typedef struct {
+    int id; /* rf_activation_id */
+    double alpha, beta;
+} rf_activation;
+
+/* What a general cell computes with: f of an RNN; f, g of a GRU; f, g, h of an LSTM. What f and g
+ * are taken of is held within -clip and clip, the new c of an LSTM within -cell_clip and cell_clip;
+ * infinity: no limit. */
+typedef struct {
+    rf_activation of[3];
+    double clip, cell_clip;
+} rf_functions;
 
 /* Sizes of one layer. */
 typedef struct {
@@ -48,6 +84,7 @@ typedef struct {
     int directions; /* D: 1 or 2 */
     ptrdiff_t T, B, I, H;
     ptrdiff_t P; /* h is projected to so many numbers, fewer than H; 0: it is not, and has H */
+    const rf_functions *functions; /* of a general cell, for as long as a call runs */
 } rf_shape;
 
 /* A sequence [T, B, N] as a base and two strides in elements; the last stride is 1. Or packed: the

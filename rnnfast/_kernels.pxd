@@ -73,9 +73,16 @@ cdef extern from "progress.h":
 
 
 cdef extern from "kernels.h":
+    ctypedef struct rf_activation:
+        int id
+        double alpha, beta
+    ctypedef struct rf_functions:
+        rf_activation of[3]
+        double clip, cell_clip
     ctypedef struct rf_shape:
         int cell, directions
         Py_ssize_t T, B, I, H, P
+        const rf_functions *functions
     ctypedef struct rf_seq:
         void *data
         Py_ssize_t step, row
@@ -157,6 +164,8 @@ cdef extern from "kernels.h":
         RF_EXP
         RF_TANH
         RF_SIGMOID
+        RF_EXPM1
+        RF_SOFTPLUS
     ctypedef enum rf_choice:
         RF_VALUE
         RF_ARGMAX

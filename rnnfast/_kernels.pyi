@@ -11,6 +11,7 @@ FORWARD: int  # what a pack is for
 BACKWARD: int
 PLANS: tuple[str, ...]  # "auto" and those of rf_plan; a plan's number is its index
 CHOICES: tuple[str, ...]  # a closed loop's; a choice's number, as in rf_choice, is its index
+ACTIVATIONS: tuple[str, ...]  # of general cells
 ISAS: tuple[str, ...]  # compiled in, weakest first; e.g. ("base", "avx2", "avx512")
 
 def isa() -> str: ...
@@ -47,6 +48,7 @@ class Pack:
     directions: int
     kind: int  # FORWARD or BACKWARD
     nbytes: int
+    functions: tuple | None  # of a general cell
 
     def __deepcopy__(self, memo: Any) -> Pack: ...
 
@@ -81,12 +83,14 @@ def pack(
     threads: int,
     plan: int,
     sizes: tuple[int, int, int, int] | None = None,
+    functions: tuple | None = None,
 ) -> Pack:
     """One (W [GH, I], R [GH, H], b_ih [GH] or None, b_hh [GH] or None) per direction.
 
     Further ones as cells.PARAMETERS has them, None for what the cell has not, or nothing at the
     end. With a projection [P, H], the last of all, R is [GH, P]. With sizes = I, H, P (or 0) and
-    the bytes of a number, also the addresses of these, as int.
+    the bytes of a number, also the addresses of these, as int. functions: what a general cell
+    computes with, a `cells.Functions`.
     """
 
 def forward(
@@ -278,7 +282,8 @@ def dropout_mask(
     """The mask itself."""
 
 def vmath(name: str, x: Any, out: Any) -> None:
-    """Elementwise "exp", "tanh" or "sigmoid" of a 1-d array, on the current isa."""
+    """Elementwise "exp", "tanh", "sigmoid", "softplus", or "expm1" of min(x, 0), of a 1-d array, on
+    the current isa."""
 
 def multiply_add(dtype: str, rounds: int, threads: int) -> float:
     """Multiply-adds in registers, timed as the machine's peak; returns the operations done."""

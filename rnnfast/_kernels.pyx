@@ -5,6 +5,7 @@ Knows the buffer protocol, and csrc/kernels.h as _kernels.pxd mirrors it. Trusts
 `checks` and `functional` have looked at them. Signatures and shapes stand in _kernels.pyi.
 """
 
+from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -13,6 +14,10 @@ CHOICES = ("value", "argmax", "sample")
 FORWARD = RF_PACK_FORWARD
 BACKWARD = RF_PACK_BACKWARD
 PLANS = ("auto", "serial", "batch", "units", "directions", "wavefront")
+ACTIVATIONS = (
+    "sigmoid", "tanh", "relu", "affine", "leakyrelu", "thresholdedrelu", "scaledtanh",
+    "hardsigmoid", "elu", "softsign", "softplus",
+)
 
 
 cdef tuple _isas():
@@ -221,10 +226,12 @@ cdef class Pack:
 
     cdef const rf_kernels *kernels
     cdef rf_shape shape
+    cdef rf_functions numbers  # of the functions, which the shape points to
     cdef rf_block memory
     cdef const void *direction[2]
     cdef readonly int kind
     cdef readonly Py_ssize_t nbytes
+    cdef readonly object functions
 
     def __cinit__(self):
         self.kernels = current[0]
@@ -279,7 +286,22 @@ cdef inline int take_weights(Views *views, tuple given, int flags, rf_weights *o
     return take(views, given[9] if n > 9 else none, flags, &out.projection)
 
 
-def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=None):
+cdef int take_functions(functions, rf_functions *out) except -1:
+    cdef int i
+    activations, clip, cell_clip = functions
+    for i in range(len(activations)):
+        name, *parameters = (activations[i],) if type(activations[i]) is str else activations[i]
+        out.of[i].id = ACTIVATIONS.index(name)
+        out.of[i].alpha, out.of[i].beta = (*parameters, 0, 0)[:2]
+    out.clip = INFINITY if clip is None else clip
+    out.cell_clip = INFINITY if cell_clip is None else cell_clip
+    return 0
+
+
+def pack(
+    int cell, tuple weights, int kind, int threads, int plan, tuple sizes=None,
+    functions=None,
+):
     cdef Pack self = Pack.__new__(Pack)
     cdef Views views
     cdef rf_weights w[2]
@@ -304,6 +326,10 @@ def pack(int cell, tuple weights, int kind, int threads, int plan, tuple sizes=N
         self.shape.cell = cell
         self.shape.directions = len(weights)
         self.kind = kind
+        if functions is not None:
+            self.functions = functions
+            take_functions(functions, &self.numbers)
+            self.shape.functions = &self.numbers
         size = self.kernels.pack_size(&self.shape, <rf_pack_kind>kind)
         if size > PY_SSIZE_T_MAX // 2 - 64:
             size = -1
@@ -613,6 +639,7 @@ def wavefront_steps(
     cdef rf_run run
     lowest.cell, lowest.directions = cell, 1
     lowest.T, lowest.B, lowest.I, lowest.H, lowest.P = T, B, I, H, P
+    lowest.functions = NULL
     others = lowest
     others.I = h_size(&lowest)
     set_run(&run, threads, plan)
@@ -1280,7 +1307,10 @@ def vmath(str name, x, out):
     cdef Views views
     cdef void *from_
     cdef void *to
-    cdef rf_vmath_id f = {"exp": RF_EXP, "tanh": RF_TANH, "sigmoid": RF_SIGMOID}[name]
+    cdef rf_vmath_id f = {
+        "exp": RF_EXP, "tanh": RF_TANH, "sigmoid": RF_SIGMOID, "expm1": RF_EXPM1,
+        "softplus": RF_SOFTPLUS,
+    }[name]
     cdef const rf_kernels *kernels
     begin(&views)
     try:

@@ -6,9 +6,9 @@ Knows: names and sizes. Knows nothing of arithmetic (see `reference`), of kernel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 # Of gains and biases of a layer normalisation: those of the products, those of c.
 NORM_GATES = "weight_norm_ih", "weight_norm_hh"
@@ -46,7 +46,8 @@ class Cell:
     biases (PyTorch's order). `tape_gates` is what the tape keeps per (step, row), in this order;
     `states` are the sequences carried through time. `peepholes` are the gates that see c, each
     through one weight for each unit, in the order of `weight_peephole`; `norms` the parameters of a
-    layer normalisation.
+    layer normalisation. A `general` cell has any activations and clips, its `Functions`, and on its
+    tape, in place of gates, what these are taken of, before it is clipped.
     """
 
     name: str
@@ -58,10 +59,16 @@ class Cell:
     tape_gates: tuple[str, ...]
     peepholes: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    general: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
-        """All options of its kind that choose between cells, as this one has them."""
+        """All options of its kind that choose between cells, as this one has them.
+
+        Of a general cell without its functions, one of which is a general RNN's nonlinearity.
+        """
+        if self.general and self.kind == "RNN":
+            return {}
         return {**DEFAULTS[self.kind], **self.own_options}
 
     def parameters(self, projected: bool = False) -> tuple[str, ...]:
@@ -92,6 +99,40 @@ class Cell:
             shapes |= dict.fromkeys(NORM_GATES, (rows,)) | dict.fromkeys(NORM_C, (hidden_size,))
         return {name: shapes[name] for name in self.parameters(proj_size > 0)}
 
+
+# ONNX's activations, and what their parameters, alpha and beta, are where they are not given: what
+# they are in ONNX's operators of the same name, but for the last two of which it has none.
+ACTIVATIONS: dict[str, tuple[float, ...]] = {
+    "sigmoid": (),
+    "tanh": (),
+    "relu": (),
+    "softsign": (),
+    "softplus": (),
+    "leakyrelu": (0.01,),
+    "thresholdedrelu": (1.0,),
+    "elu": (1.0,),
+    "hardsigmoid": (0.2, 0.5),
+    "affine": (1.0, 0.0),
+    "scaledtanh": (1.0, 1.0),
+}
+
+
+class Functions(NamedTuple):
+    """What a general cell computes with.
+
+    activations: f of an RNN; f of a GRU's r and z, g of its n; f of an LSTM's i, f and o, g of its
+    g, h of c. Each a name in ACTIVATIONS, or a tuple of it and of all its parameters. clip: what f
+    and g are taken of is held within -clip and clip; cell_clip: so is the new c of an LSTM; None:
+    no limit.
+    """
+
+    activations: tuple[Any, ...]
+    clip: float | None = None
+    cell_clip: float | None = None
+
+
+# The activations of cells that are not general; an RNN's is its nonlinearity.
+PLAIN = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh")}
 
 # Of each kind of layer, the options that choose between cells.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -157,14 +198,33 @@ CELLS: dict[str, Cell] = {
     )
 }  # fmt: skip
 
+# The general cells are the others with more: an RNN's z is on the tape, which needs no gate if it
+# is tanh or relu.
+for _number, _name in enumerate(
+    (
+        "rnn", "lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru",
+        "gru_reset_before",
+    ),
+    len(CELLS),
+):  # fmt: skip
+    _plain = CELLS["rnn_tanh" if _name == "rnn" else _name]
+    CELLS[f"{_name}_general"] = replace(
+        _plain,
+        name=f"{_name}_general",
+        number=_number,
+        tape_gates=_plain.tape_gates or _plain.gates,
+        general=True,
+    )
 
-_ROWS = {(cell.kind, frozenset(cell.options.items())): cell for cell in CELLS.values()}
+_ROWS = {
+    (cell.kind, cell.general, frozenset(cell.options.items())): cell for cell in CELLS.values()
+}
 
 
-def cell_of(kind: str, **options: Any) -> Cell:
+def cell_of(kind: str, general: bool = False, **options: Any) -> Cell:
     """The row that a kind of layer and all of its options ask for.
 
     >>> cell_of("GRU", reset_after=False).name
     'gru_reset_before'
     """
-    return _ROWS[kind, frozenset(options.items())]
+    return _ROWS[kind, general, frozenset(options.items())]

@@ -148,6 +148,67 @@ def finite(name: str, value: Any, dtype: np.dtype) -> float:
     return number
 
 
+def limit(name: str, value: Any) -> float | None:
+    """A number above zero, or None for no limit.
+
+    >>> limit("clip", 3)
+    3.0
+    >>> limit("clip", 0)
+    Traceback (most recent call last):
+    ValueError: clip: got 0; needs a finite number above 0, within float32, or None
+    """
+    if value is None:
+        return None
+    needs = "a finite number above 0, within float32, or None"
+    number = _number(name, value, needs)
+    bounds = np.finfo(FLOAT32)
+    if not float(bounds.tiny) <= number <= float(bounds.max):  # a NaN is not
+        fail(ValueError, name, describe(value), needs)
+    return float(number)
+
+
+def activations(
+    name: str, value: Any, letters: str, table: Mapping[str, tuple[float, ...]]
+) -> tuple[Any, ...]:
+    """One activation for each letter, each a name of `table`, or a tuple of it and its parameters.
+
+    A name comes back alone if it has none, else with all of them, the table's where they were left
+    out. Lists are taken for tuples, for files have no others.
+
+    >>> activations("activations", ("tanh", ["elu", 2]), "fg", {"tanh": (), "elu": (1.0,)})
+    ('tanh', ('elu', 2.0))
+    """
+    several = tuple, list
+    count = f"{len(letters)} activation{'s' * (len(letters) > 1)} ({', '.join(letters)})"
+    needs = f"a tuple of {count}, each a name or (name, alpha, ...)"
+    if type(value) not in several:
+        fail(TypeError, name, describe(value), needs)
+    value = tuple(tuple(one) if type(one) in several else one for one in tuple(value))
+    if len(value) != len(letters):
+        fail(ValueError, name, describe(value), needs)
+    return tuple(
+        _activation(f"{name} ({letter})", one, table)
+        for letter, one in zip(letters, value, strict=True)
+    )
+
+
+def _activation(name: str, value: Any, table: Mapping[str, tuple[float, ...]]) -> Any:
+    if type(value) is not tuple or not value:
+        value = (value,)
+    word, *given = value
+    if type(word) is not str or word not in table:
+        needs = "one of " + ", ".join(map(repr, table))
+        fail(ValueError if type(word) is str else TypeError, name, describe(word), needs)
+    usual = table[word]
+    if not usual and not given:
+        return word
+    if len(given) > len(usual):
+        takes = ("no parameters", "alpha alone", "alpha and beta")[len(usual)]
+        fail(ValueError, name, f"{word!r} with {len(given)} parameters", takes)
+    parameters = [finite(name, one, FLOAT32) for one in given]
+    return word, *parameters, *usual[len(given) :]
+
+
 def dropout_acts(dropout: float, layers: int, stacklevel: int) -> None:
     """Warns where dropout has no two layers to act between; `stacklevel` as of the caller.
 
@@ -1009,8 +1070,11 @@ def _prefix(given: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     return ""
 
 
-def layer_norm(value: Any, choices: tuple[str, ...], **others: Any) -> str | None:
-    """What a layer normalises: None, or one of a few words; alone, of the options beside it.
+def layer_norm(
+    value: Any, choices: tuple[str, ...], functions: Any = None, **others: Any
+) -> str | None:
+    """What a layer normalises: None, or one of a few words; alone, of the options beside it, and
+    without a general cell's functions.
 
     >>> layer_norm("gates", ("gates",), peephole=True)
     Traceback (most recent call last):
@@ -1022,6 +1086,9 @@ def layer_norm(value: Any, choices: tuple[str, ...], **others: Any) -> str | Non
         error = ValueError if type(value) is str else TypeError
         needs = " or ".join(("None", *map(repr, choices)))
         fail(error, "layer_norm", describe(value), needs)
+    if functions is not None:
+        got = f"{value!r} beside other activations or a clip"
+        fail(ValueError, "layer_norm", got, "None, or a plain cell's activations")
     for name, other in others.items():
         usual = name == "reset_after"
         if other is not usual:

@@ -23,7 +23,7 @@ import numpy as np
 
 from . import _kernels, checks, config
 from .between import Between, Received
-from .cells import CELLS, PARAMETERS, Cell, cell_of
+from .cells import ACTIVATIONS, CELLS, PARAMETERS, PLAIN, Cell, Functions, cell_of
 
 __all__ = [
     "Between", "Gradients", "Tape", "gru_backward", "gru_forward", "gru_step", "lstm_backward",
@@ -43,6 +43,7 @@ class More(NamedTuple):
 
 
 New = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+Row = tuple[Cell, Functions | None]  # a general cell has functions
 TAPES = "full", "light"
 SLICE_BYTES = 1 << 20  # of a light tape's slice at least, once it is computed again
 KEPT_FROM = 16 * 1024  # numbers; below, NumPy's own memory is as fast
@@ -58,6 +59,7 @@ class Tape:
     have `steps` steps each, but for the first, which has what is left of the longest row.
 
     - `cell`: name in CELLS
+    - `functions`: `cells.Functions` of a general cell, else None
     - `x` [T, B, I], any strides: a view of the input, or of the copy that was made of it. To change
       its numbers before backward is an error of the caller's, and makes wrong gradients
     - `lengths` [B] intp, or None; `times` [B, T] intp, of rows with holes the times of their steps,
@@ -75,11 +77,12 @@ class Tape:
     """
 
     __slots__ = (
-        "batch_first", "between", "c", "cell", "gates", "h", "isa", "lengths", "pack", "plan",
-        "reverse", "steps", "threads", "times", "unbatched", "x",
+        "batch_first", "between", "c", "cell", "functions", "gates", "h", "isa", "lengths", "pack",
+        "plan", "reverse", "steps", "threads", "times", "unbatched", "x",
     )  # fmt: skip
 
     cell: str
+    functions: Functions | None
     x: np.ndarray
     lengths: np.ndarray | None
     times: np.ndarray | None
@@ -160,7 +163,7 @@ def run_forward(
     if tape.steps:
         longest = _longest(lengths, *x.shape[:2])
         times = _clear_rest(y, longest, times)
-    tape.isa = packed.isa
+    tape.isa, tape.functions = packed.isa, packed.functions
     tape.plan, tape.threads = ran = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, tape.gates, tape.h, tape.c,
         reverse, threads, config.plan, tape.steps, times, between, c_steps, longest,
@@ -198,7 +201,7 @@ def run_wavefront(
     )
     for tape, packed in zip(tapes or (), packs, strict=bool(tapes)):
         tape.plan, tape.threads = ran
-        tape.isa = packed.isa
+        tape.isa, tape.functions = packed.isa, packed.functions
         tape.times, tape.between = times, None
     return ran
 
@@ -292,12 +295,13 @@ def tape_numbers(cell: Cell, T: int, B: int, H: int, directions: int, kind: str)
     return directions * B * H * (T * len(cell.tape_gates) + (T + 1) * len(cell.states))
 
 
-def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np.dtype) -> Tape:
+def own_tape(tape: Tape, row: Row, sizes: tuple[int, int, int, int], dtype: np.dtype) -> Tape:
     """A tape of the library's own over the same arrays, for backward to read and nothing else.
 
     Nobody else can change what was checked of it: the arrays are fresh views, the lengths a copy.
     Refuses a tape of another cell, other I, H, P, D = `sizes` or dtype, or one that was altered.
     """
+    cell, functions = row
     if type(tape) is not Tape:
         checks.fail(TypeError, "tape", checks.describe(tape), "what forward returned as its tape")
     altered = "an altered one", "one as forward returned it"
@@ -309,6 +313,7 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
         batch_first, unbatched = tape.batch_first, tape.unbatched
         name, plan, threads, isa = tape.cell, tape.plan, tape.threads, tape.isa
         times, between = tape.times, tape.between
+        others = tape.functions
     except AttributeError:  # a tape that was never filled
         checks.fail(ValueError, "tape", *altered)
     if not (type(h) is np.ndarray and h.ndim == 4):
@@ -318,6 +323,8 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
     if type(name) is not str or name != cell.name:
         got = f"one of cell {checks.describe(name)}"
         checks.fail(ValueError, "tape", got, f"one of {cell.name!r}")
+    if others is not functions and (type(others) is not Functions or others != functions):
+        checks.fail(ValueError, "tape", f"one of {others!r}", f"one of {functions!r}")
     light = type(steps) is int and steps > 0
     I, H, P, D = sizes
     N = P or H
@@ -354,7 +361,7 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
             between = checks.between("tape", between, T, B, columns, dtype)
     if not light:
         right = right and pack is None and type(steps) is int and steps == 0
-    elif right := right and _is_pack_of(pack, cell, sizes, dtype):
+    elif right := right and _is_pack_of(pack, row, sizes, dtype):
         these, slices = _slices(cell, pack, _longest(lengths, T, B), B)
         right, states = these == steps, (slices, D, B)
     if not (
@@ -374,6 +381,7 @@ def own_tape(tape: Tape, cell: Cell, sizes: tuple[int, int, int, int], dtype: np
     own.times, own.between = times, between
     own.batch_first, own.unbatched = batch_first, unbatched
     own.cell, own.plan, own.threads, own.isa = cell.name, plan, threads, isa
+    own.functions = functions
     return own
 
 
@@ -382,11 +390,12 @@ def _views(*values: Any) -> list[Any]:
     return [value[...] if type(value) is np.ndarray else value for value in values]
 
 
-def _is_pack_of(pack: Any, cell: Cell, sizes: tuple[int, int, int, int], dtype: np.dtype) -> bool:
+def _is_pack_of(pack: Any, row: Row, sizes: tuple[int, int, int, int], dtype: np.dtype) -> bool:
+    cell, functions = row
     return (
         type(pack) is _kernels.Pack
         and pack.nbytes > 0
-        and (pack.kind, pack.cell) == (FORWARD, cell.number)
+        and (pack.kind, pack.cell, pack.functions) == (FORWARD, cell.number, functions)
         and (pack.input_size, pack.hidden_size, pack.proj_size, pack.directions) == sizes
         and _dtype(pack) == dtype
     )
@@ -407,10 +416,14 @@ def _is(array: Any, shape: tuple[int, ...] | None, dtype: np.dtype) -> bool:
 # ---------------------------------------------------------------------------- weights, checked
 
 
-def pack(cell: str, weights: Any, kind: str = "forward") -> Any:
+def pack(
+    cell: str, weights: Any, kind: str = "forward", *, activations: Any = None, clip: Any = None,
+    cell_clip: Any = None,
+) -> Any:  # fmt: skip
     """Lays a layer's weights out for the kernels, once for many calls; a copy, deaf to later edits.
 
-    cell: a name in CELLS; kind: "forward" (also for the steps) or "backward". The result stands
+    cell: a name in CELLS; kind: "forward" (also for the steps) or "backward"; activations, clip,
+    cell_clip: those of the calls, None for the plain cell's and for no limits. The result stands
     for `weights` in the functions of that kind.
 
     >>> import numpy as np
@@ -419,22 +432,40 @@ def pack(cell: str, weights: Any, kind: str = "forward") -> Any:
     >>> packed.hidden_size, packed.directions
     (1, 1)
     """
-    row = CELLS[checks.choice("cell", cell, CELLS)]
+    named = CELLS[checks.choice("cell", cell, CELLS)]
     checks.choice("kind", kind, ("forward", "backward"))
+    if "c" not in named.states and cell_clip is not None:
+        checks.fail(ValueError, "cell_clip", checks.describe(cell_clip), f"None: {cell!r} has no c")
+    own = PLAIN.get(named.kind) if activations is None else activations
+    if named.kind == "LSTM":
+        row = lstm_cell(**named.options, activations=own, clip=clip, cell_clip=cell_clip)
+    elif named.kind == "GRU":
+        row = gru_cell(**named.options, activations=own, clip=clip)
+    else:
+        word = named.options.get("nonlinearity", "tanh")
+        row = rnn_cell(word, activations=own, clip=clip)
+    if named.general and row[1] is None:
+        needs = f"activations or clips, or {row[0].name!r}"
+        checks.fail(ValueError, "cell", f"{cell!r} without what sets it apart", needs)
     return _pack(row, weights, FORWARD if kind == "forward" else BACKWARD)[0]
 
 
-def _pack(cell: Cell, weights: Any, kind: int) -> tuple[Any, tuple | None]:
+def _pack(row: Row, weights: Any, kind: int) -> tuple[Any, tuple | None]:
     """The pack of this kind, and the checked raw weights, or None if they came packed."""
+    cell, functions = row
     if type(weights) is not _kernels.Pack:
         projected = cell.kind == "LSTM"
         raw = checks.weights("weights", weights, len(cell.gates), cell.unit_weights, projected)
-        return _kernels.pack(cell.number, raw, kind, config.threads, config.plan), raw
+        how = kind, config.threads, config.plan, None, functions
+        return _kernels.pack(cell.number, raw, *how), raw
     if not weights.nbytes:  # none that `pack` has made
         checks.fail(ValueError, "weights", "an empty pack", "one that `pack` has made")
     if weights.cell != cell.number:
         name = next(c.name for c in CELLS.values() if c.number == weights.cell)
         checks.fail(ValueError, "weights", f"a pack for {name!r}", f"one for {cell.name!r}")
+    if weights.functions != functions:
+        got, needs = f"a pack for {weights.functions!r}", f"one for {functions!r}"
+        checks.fail(ValueError, "weights", got, needs)
     if weights.kind != kind:
         words = {FORWARD: "forward", BACKWARD: "backward"}
         got = f"a pack of kind {words[weights.kind]!r}"
@@ -450,7 +481,7 @@ def _dtype(packed: Any) -> np.dtype:
 
 
 def _forward(
-    cell: Cell, x: Any, state: Any, weights: Any, lengths: Any, batch_first: bool, reverse: bool,
+    row: Row, x: Any, state: Any, weights: Any, lengths: Any, batch_first: bool, reverse: bool,
     train: bool, tape: str, mask: Any = None, between: Any = None,
 ) -> tuple[np.ndarray, Any, Tape | None]:  # fmt: skip
     batch_first = checks.boolean("batch_first", batch_first)
@@ -460,7 +491,8 @@ def _forward(
         if kind != "full":
             checks.fail(ValueError, "tape", f"{kind!r} with train=False", "train=True")
         kind = None
-    packed, _ = _pack(cell, weights, FORWARD)
+    cell = row[0]
+    packed, _ = _pack(row, weights, FORWARD)
     H, P, D, dtype = packed.hidden_size, packed.proj_size, packed.directions, _dtype(packed)
     N = P or H
     if reverse and D == 2:
@@ -540,17 +572,18 @@ def as_steps(array: np.ndarray, batch_first: bool, unbatched: bool) -> np.ndarra
 
 
 def _backward(
-    cell: Cell, tape: Tape, weights: Any, dy: Any, dstate: Any, need: Iterable[str],
+    row: Row, tape: Tape, weights: Any, dy: Any, dstate: Any, need: Iterable[str],
     clip: float | None = None, clip_norm: float | None = None, norms: bool = False,
 ) -> Gradients:  # fmt: skip
-    packed, raw = _pack(cell, weights, BACKWARD)
+    cell = row[0]
+    packed, raw = _pack(row, weights, BACKWARD)
     own = "x", "state", *cell.parameters(packed.proj_size > 0)
     needed = _ALL if need is NEEDS else checks.choices("need", need, NEEDS)
     if needed != _ALL and not needed.issubset(own):  # all asks for what there is
         checks.choices("need", needed, own)
     I, H, P, D = packed.input_size, packed.hidden_size, packed.proj_size, packed.directions
     N, dtype = P or H, _dtype(packed)
-    tape = own_tape(tape, cell, (I, H, P, D), dtype)
+    tape = own_tape(tape, row, (I, H, P, D), dtype)
     T, B, _ = tape.x.shape
     pair = "c" in cell.states
     batch_first, unbatched = tape.batch_first, tape.unbatched
@@ -619,8 +652,9 @@ def receive(
     return Received(h, c, dc_steps, clip, clip_norm, norms)
 
 
-def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
-    packed, _ = _pack(cell, weights, FORWARD)
+def _step(row: Row, x: Any, state: Any, weights: Any) -> Any:
+    cell = row[0]
+    packed, _ = _pack(row, weights, FORWARD)
     I, H, P, dtype = packed.input_size, packed.hidden_size, packed.proj_size, _dtype(packed)
     if packed.directions != 1:
         checks.fail(ValueError, "weights", "two directions", "one: a step cannot run backwards")
@@ -642,34 +676,92 @@ def _step(cell: Cell, x: Any, state: Any, weights: Any) -> Any:
 # ---------------------------------------------------------------------------------- by cell
 
 
-def lstm_cell(peephole: bool, coupled: bool, layer_norm: str | None) -> Cell:
-    """The row of the table that an LSTM's options ask for; so of the others. Checks these."""
-    peephole, coupled = checks.boolean("peephole", peephole), checks.boolean("coupled", coupled)
+LSTM_PLAIN, GRU_PLAIN = PLAIN["LSTM"], PLAIN["GRU"]
+
+
+def _functions(
+    plain: tuple[str, ...], letters: str, activations: Any, clip: Any, cell_clip: Any = None
+) -> Functions | None:
+    """What a cell computes with, checked; None if that is what the plain one does."""
+    if activations is plain and clip is None and cell_clip is None:
+        return None
+    own = checks.activations("activations", activations, letters, ACTIVATIONS)
+    limits = checks.limit("clip", clip), checks.limit("cell_clip", cell_clip)
+    return None if (own, *limits) == (plain, None, None) else Functions(own, *limits)
+
+
+def lstm_cell(
+    peephole: bool, coupled: bool, layer_norm: str | None = None, activations: Any = LSTM_PLAIN,
+    clip: Any = None, cell_clip: Any = None,
+) -> Row:  # fmt: skip
+    """The row of the table that an LSTM's options ask for, and its functions, if it is general; so
+    of the others. Checks the options."""
+    peephole = checks.boolean("peephole", peephole)
+    coupled = checks.boolean("coupled", coupled)
+    functions = _functions(LSTM_PLAIN, "fgh", activations, clip, cell_clip)
     if layer_norm is not None:
         others = dict(peephole=peephole, coupled=coupled)
-        layer_norm = checks.layer_norm(layer_norm, ("gates", "gates+cell"), **others)
-    return cell_of("LSTM", peephole=peephole, coupled=coupled, layer_norm=layer_norm)
+        layer_norm = checks.layer_norm(layer_norm, ("gates", "gates+cell"), functions, **others)
+    options = dict(peephole=peephole, coupled=coupled, layer_norm=layer_norm)
+    return cell_of("LSTM", functions is not None, **options), functions
 
 
-def rnn_cell(nonlinearity: str, layer_norm: str | None) -> Cell:
+def rnn_cell(
+    nonlinearity: str, layer_norm: str | None = None, activations: Any = None, clip: Any = None
+) -> Row:
     word = checks.choice("nonlinearity", nonlinearity, ("tanh", "relu"))
+    if activations is not None:
+        (own,) = checks.activations("activations", activations, "f", ACTIVATIONS)
+        if word not in ("tanh", own):
+            got = f"{word!r} beside activations=({own!r},)"
+            checks.fail(ValueError, "nonlinearity", got, "to be left out, or the same")
+        word = own
+    clip = checks.limit("clip", clip)
+    plain = clip is None and word in ("tanh", "relu")
+    functions = None if plain else Functions((word,), clip)
     if layer_norm is not None:
-        layer_norm = checks.layer_norm(layer_norm, ("gates",))
-    return cell_of("RNN", nonlinearity=word, layer_norm=layer_norm)
+        layer_norm = checks.layer_norm(layer_norm, ("gates",), functions)
+    if plain:
+        return cell_of("RNN", nonlinearity=word, layer_norm=layer_norm), None
+    return cell_of("RNN", True, layer_norm=None), functions
 
 
-def gru_cell(reset_after: bool, layer_norm: str | None) -> Cell:
+def gru_cell(
+    reset_after: bool, layer_norm: str | None = None, activations: Any = GRU_PLAIN,
+    clip: Any = None,
+) -> Row:  # fmt: skip
     reset_after = checks.boolean("reset_after", reset_after)
+    functions = _functions(GRU_PLAIN, "fg", activations, clip)
     if layer_norm is not None:
-        layer_norm = checks.layer_norm(layer_norm, ("gates",), reset_after=reset_after)
-    return cell_of("GRU", reset_after=reset_after, layer_norm=layer_norm)
+        others = dict(reset_after=reset_after)
+        layer_norm = checks.layer_norm(layer_norm, ("gates",), functions, **others)
+    options = dict(reset_after=reset_after, layer_norm=layer_norm)
+    return cell_of("GRU", functions is not None, **options), functions
+
+
+def _row_of_tape(kind: str, tape: Any, *options: Any) -> Row:
+    """A backward call's row: by its options, and by the activations and clips of its tape."""
+    row_of = {"RNN": rnn_cell, "LSTM": lstm_cell, "GRU": gru_cell}[kind]
+    functions = getattr(tape, "functions", None) if type(tape) is Tape else None
+    row = row_of(*options)
+    if functions is None or getattr(CELLS.get(tape.cell), "kind", None) != kind:
+        return row  # `own_tape` has the last word
+    altered = "an altered one", "one as forward returned it"
+    if type(functions) is not Functions or len(functions) != 3:
+        checks.fail(ValueError, "tape", *altered)
+    try:
+        row = row_of(*options, *(functions if kind == "LSTM" else functions[:2]))
+    except (TypeError, ValueError):
+        checks.fail(ValueError, "tape", f"one of {functions!r}", "one that the options made")
+    return row
 
 
 def lstm_forward(
     x: Any, state: Any, weights: Any, *, lengths: Any = None, batch_first: bool = False,
     reverse: bool = False, train: bool = True, tape: str = "full", mask: Any = None,
     between: Between | None = None, peephole: bool = False, coupled: bool = False,
-    layer_norm: str | None = None,
+    layer_norm: str | None = None, activations: Any = LSTM_PLAIN, clip: float | None = None,
+    cell_clip: float | None = None,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], Tape | None]:  # fmt: skip
     """A layer of LSTM cells through time (equations: `rnnfast.reference.lstm_step` and its
     variants).
@@ -687,6 +779,10 @@ def lstm_forward(
     mask, instead of lengths: bool in x's layout [T, B], the steps that there are of each row, with
     holes in the middle too; the states pass over what is missing, and y is zero there. between:
     what happens to states between steps, see `Between`.
+    activations: f of the gates i, f and o, g of the gate g, h of c, each one of ONNX's names in
+    lower case (`rnnfast.cells.ACTIVATIONS`), or a tuple of it and its alpha, or alpha and beta;
+    clip: what f and g are taken of is held within -clip and clip; cell_clip: so is the new c,
+    before the output gate and h see it. Where a clip has changed a number, no gradient passes.
 
     Returns y [T, B, D*H] in the layout of x, zero past a row's length; (h_n, c_n), the states
     after each row's last valid step; and the tape, None without `train`. Raises TypeError,
@@ -698,9 +794,9 @@ def lstm_forward(
     >>> y.shape, h_n.shape, tape.gates.shape
     ((3, 2, 1), (1, 2, 1), (1, 3, 2, 4, 1))
     """
-    cell = lstm_cell(peephole, coupled, layer_norm)
+    row = lstm_cell(peephole, coupled, layer_norm, activations, clip, cell_clip)
     return _forward(
-        cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
+        row, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
     )
 
 
@@ -713,13 +809,13 @@ def lstm_backward(
 
     weights: those of the forward call; dy: shaped as y, dstate: (dh_n, dc_n) shaped as the states,
     each may be None for zeros; need: which of "x", "state", "weight_ih", "weight_hh", "bias_ih",
-    "bias_hh", "weight_peephole", "weight_norm_ih", "weight_norm_hh", "weight_norm_c", "bias_norm_c"
-    and "weight_hr" to compute, by default all that there are; peephole, coupled, layer_norm: those
-    of the forward call. clip, clip_norm: the gradient by h that later
-    steps send to a step is clipped to [-clip, clip], and then, if its norm over the row's numbers
-    is greater, scaled to clip_norm, before that of y comes in; norms: whether the norms of all of
-    it, step by step, are wanted, to see it explode or vanish. Returns `Gradients`. Raises as
-    `lstm_forward`.
+    "bias_hh", "weight_peephole", "weight_norm_ih", "weight_norm_hh", "weight_norm_c",
+    "bias_norm_c" and "weight_hr" to compute, by default all that there are; peephole, coupled,
+    layer_norm: those of the forward call, whose activations and clips the tape knows. clip (of
+    gradients, and no option of the cell), clip_norm: the gradient by h that later steps send to a
+    step is clipped to [-clip, clip], and then, if its norm over the row's numbers is greater,
+    scaled to clip_norm, before that of y comes in; norms: whether the norms of all of it, step by
+    step, are wanted, to see it explode or vanish. Returns `Gradients`. Raises as `lstm_forward`.
 
     >>> import numpy as np
     >>> weights = np.ones((4, 1)), np.ones((4, 1)), None, None
@@ -728,19 +824,15 @@ def lstm_backward(
     >>> grads.x.shape, grads.weights[0].shape, grads.state
     ((3, 2, 1), (4, 1), None)
     """
-    cell = lstm_cell(peephole, coupled, layer_norm)
-    return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
+    row = _row_of_tape("LSTM", tape, peephole, coupled, layer_norm)
+    return _backward(row, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
 def lstm_step(
-    x: Any,
-    state: Any,
-    weights: Any,
-    *,
-    peephole: bool = False,
-    coupled: bool = False,
-    layer_norm: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+    x: Any, state: Any, weights: Any, *, peephole: bool = False, coupled: bool = False,
+    layer_norm: str | None = None, activations: Any = LSTM_PLAIN, clip: float | None = None,
+    cell_clip: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """One step of an LSTM layer: x [B, I], state (h, c) each [B, H] or None -> the next (h, c).
 
     [I] and [H] without a batch. Raises as `lstm_forward`.
@@ -750,19 +842,22 @@ def lstm_step(
     >>> h, c
     (array([0.]), array([0.]))
     """
-    return _step(lstm_cell(peephole, coupled, layer_norm), x, state, weights)
+    row = lstm_cell(peephole, coupled, layer_norm, activations, clip, cell_clip)
+    return _step(row, x, state, weights)
 
 
 def rnn_forward(
     x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh", lengths: Any = None,
     batch_first: bool = False, reverse: bool = False, train: bool = True, tape: str = "full",
     mask: Any = None, between: Between | None = None, layer_norm: str | None = None,
+    activations: Any = None, clip: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
     """A layer of simple recurrent cells, "tanh" or "relu", through time.
 
     As `lstm_forward`, but for the state, which is h_0 alone, and the one kind of layer_norm,
     "gates", with gains g_ih and g_hh [H] (equations: `rnnfast.reference.rnn_tanh_step`,
-    `rnn_relu_step` and theirs with `norm`).
+    `rnn_relu_step` and theirs with `norm`). activations: a tuple of one, which stands in the place
+    of nonlinearity; that is to be left out then.
 
     >>> import numpy as np
     >>> weights = np.ones((1, 1)), np.full((1, 1), 2.0), None, None
@@ -770,9 +865,9 @@ def rnn_forward(
     >>> y.tolist(), h_n.tolist()
     ([[1.0], [3.0], [7.0]], [[7.0]])
     """
-    cell = rnn_cell(nonlinearity, layer_norm)
+    row = rnn_cell(nonlinearity, layer_norm, activations, clip)
     return _forward(
-        cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
+        row, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
     )
 
 
@@ -781,7 +876,9 @@ def rnn_backward(
     need: Iterable[str] = NEEDS, clip: float | None = None, clip_norm: float | None = None,
     norms: bool = False, layer_norm: str | None = None,
 ) -> Gradients:  # fmt: skip
-    """Gradients through the call of `rnn_forward` that made `tape`; see `lstm_backward`.
+    """Gradients through the call of `rnn_forward` that made `tape`; see `lstm_backward`. One whose
+    activation was relu alone, without a clip, is of nonlinearity "relu" here, however it was asked
+    for.
 
     >>> import numpy as np
     >>> weights = np.ones((1, 1)), np.full((1, 1), 2.0), None, None
@@ -790,13 +887,14 @@ def rnn_backward(
     >>> grads.x.tolist(), grads.state.tolist()
     ([[4.0], [2.0], [1.0]], [[8.0]])
     """
-    cell = rnn_cell(nonlinearity, layer_norm)
-    return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
+    row = _row_of_tape("RNN", tape, nonlinearity, layer_norm)
+    return _backward(row, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
 def rnn_step(
-    x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh", layer_norm: str | None = None
-) -> np.ndarray:
+    x: Any, state: Any, weights: Any, *, nonlinearity: str = "tanh",
+    layer_norm: str | None = None, activations: Any = None, clip: float | None = None,
+) -> np.ndarray:  # fmt: skip
     """One step of a simple recurrent layer: x [B, I], h [B, H] or None -> the next h.
 
     >>> import numpy as np
@@ -804,19 +902,21 @@ def rnn_step(
     >>> rnn_step(np.ones(1), np.ones(1), weights, nonlinearity="relu")
     array([3.])
     """
-    return _step(rnn_cell(nonlinearity, layer_norm), x, state, weights)
+    return _step(rnn_cell(nonlinearity, layer_norm, activations, clip), x, state, weights)
 
 
 def gru_forward(
     x: Any, state: Any, weights: Any, *, reset_after: bool = True, lengths: Any = None,
     batch_first: bool = False, reverse: bool = False, train: bool = True, tape: str = "full",
     mask: Any = None, between: Between | None = None, layer_norm: str | None = None,
+    activations: Any = GRU_PLAIN, clip: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Tape | None]:  # fmt: skip
     """A layer of gated recurrent units through time; the reset gate after the product, or before.
 
     As `lstm_forward`, but for the state, which is h_0 alone, and the one kind of layer_norm,
     "gates", with gains g_ih and g_hh [3*H], where the reset gate is after the product (equations:
-    `rnnfast.reference.gru_step`, `gru_reset_before_step`, `gru_norm_step`).
+    `rnnfast.reference.gru_step`, `gru_reset_before_step`, `gru_norm_step`). activations: f of the
+    gates r and z, g of n.
 
     >>> import numpy as np
     >>> weights = np.ones((3, 1)), np.ones((3, 1)), None, None
@@ -824,9 +924,9 @@ def gru_forward(
     >>> y.shape, h_n.shape, tape.gates.shape
     ((2, 4, 1), (1, 4, 1), (1, 2, 4, 4, 1))
     """
-    cell = gru_cell(reset_after, layer_norm)
+    row = gru_cell(reset_after, layer_norm, activations, clip)
     return _forward(
-        cell, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
+        row, x, state, weights, lengths, batch_first, reverse, train, tape, mask, between
     )
 
 
@@ -843,17 +943,18 @@ def gru_backward(
     >>> gru_backward(tape, weights, np.ones_like(y), None, need="state").state.shape
     (1, 4, 1)
     """
-    cell = gru_cell(reset_after, layer_norm)
-    return _backward(cell, tape, weights, dy, dstate, need, clip, clip_norm, norms)
+    row = _row_of_tape("GRU", tape, reset_after, layer_norm)
+    return _backward(row, tape, weights, dy, dstate, need, clip, clip_norm, norms)
 
 
 def gru_step(
-    x: Any, state: Any, weights: Any, *, reset_after: bool = True, layer_norm: str | None = None
-) -> np.ndarray:
+    x: Any, state: Any, weights: Any, *, reset_after: bool = True,
+    layer_norm: str | None = None, activations: Any = GRU_PLAIN, clip: float | None = None,
+) -> np.ndarray:  # fmt: skip
     """One step of a GRU layer: x [B, I], h [B, H] or None -> the next h.
 
     >>> import numpy as np
     >>> gru_step(np.zeros((2, 1)), None, (np.ones((3, 1)), np.ones((3, 1)), None, None)).shape
     (2, 1)
     """
-    return _step(gru_cell(reset_after, layer_norm), x, state, weights)
+    return _step(gru_cell(reset_after, layer_norm, activations, clip), x, state, weights)

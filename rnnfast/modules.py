@@ -18,13 +18,16 @@ import numpy as np
 
 from . import _kernels, calls, checks, closed_loop, config, functional, stack, storage
 from .calls import Clamped, Extra, Layout, Regular, States
-from .cells import PARAMETERS, Cell
+from .cells import PARAMETERS, Functions
 from .closed_loop import ForecastGradients, ForecastTape, Loop
 from .drop_connect import DropConnect
 from .functional import (
     BACKWARD,
     FORWARD,
+    GRU_PLAIN,
+    LSTM_PLAIN,
     More,
+    Row,
     Tape,
     as_steps,
     new_array,
@@ -72,8 +75,8 @@ class Recurrent:
     _later: ClassVar[dict[str, Any]] = LATER
 
     @staticmethod
-    def _cell_of(arguments: dict[str, Any]) -> Cell:
-        """The cell that a class's own arguments ask for; checks these."""
+    def _row_of(arguments: dict[str, Any]) -> Row:
+        """The cell that a class's own arguments ask for, and its functions; checks these."""
         raise NotImplementedError
 
     def _build(self, arguments: dict[str, Any], fill: bool = True) -> None:
@@ -81,7 +84,8 @@ class Recurrent:
         if self._built:  # a call may be under way, and kernels trust that sizes never change
             checks.fail(ValueError, type(self).__name__, "a module that is built", "a new one")
         self._arguments = arguments = _checked(arguments)
-        self._cell = cell = type(self)._cell_of(arguments)
+        self._row = cell, functions = type(self)._row_of(arguments)
+        self._cell, self._functions = cell, functions
         arguments.update(cell.options)  # as they were checked
         if fill:  # called by __init__: the warning points at the line that called that
             checks.dropout_acts(arguments["dropout"], arguments["num_layers"], 3)
@@ -331,7 +335,8 @@ class Recurrent:
         weights = self._weights[layer]
         if drops is not None:
             weights = drops.weights(layer, weights)
-        return _kernels.pack(self._cell.number, weights, kind, config.threads, config.plan)
+        number, functions = self._cell.number, self._functions
+        return _kernels.pack(number, weights, kind, config.threads, config.plan, None, functions)
 
     def _pack_all(self, kind: int, drops: DropConnect | None = None) -> list[Any]:
         return [self._pack(layer, kind, drops) for layer in range(len(self._weights))]
@@ -692,7 +697,7 @@ class Recurrent:
             checks.fail(ValueError, "tape", got, f"one of {L}")
         own = []
         for one in layers:
-            own.append(functional.own_tape(one, self._cell, (I, H, P, D), self._dtype))
+            own.append(functional.own_tape(one, self._row, (I, H, P, D), self._dtype))
             I = self._width
         # Of packed rows, where they begin and end is what the lowest layer's tape says.
         first, alike = own[0], True
@@ -730,7 +735,7 @@ class Recurrent:
     def _from_file(cls, header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
         """The module of what `save` wrote; KeyError, TypeError or ValueError if it is not such."""
         arguments = _checked({**cls._later, **header["arguments"]})
-        cell = cls._cell_of(arguments)
+        cell, _ = cls._row_of(arguments)
         calls = checks.integer("dropout_calls", header["dropout_calls"], 0)
         L, D = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
         P, merged = arguments.get("proj_size", 0), arguments["merge"] != CONCAT
@@ -869,7 +874,7 @@ class Recurrent:
         ran = loop.run(packs, h, c, tapes=tapes)
         for tape, packed in zip(tapes, packs, strict=True):
             tape.plan, tape.threads = ran
-            tape.isa = packed.isa
+            tape.isa, tape.functions = packed.isa, packed.functions
         learned = state is None and self._initial is not None
         kept = StackTape(tuple(tapes), self._token, learned=learned)
         return loop.result, self._loop_state(h, c, loop.unbatched), ForecastTape(kept, loop)
@@ -952,7 +957,7 @@ class Recurrent:
     def __repr__(self) -> str:
         shown = {
             name: self._arguments[name]
-            for name, usual in DEFAULTS.items()
+            for name, usual in {**DEFAULTS, **self._later}.items()
             if name in self._arguments and self._arguments[name] not in (usual, (usual, usual))
         }
         words = [str(self.input_size), str(self.hidden_size)]
@@ -969,6 +974,7 @@ DEFAULTS = {
     "merge": CONCAT, "learn_initial": False,
     "drop_connect": 0.0, "recurrent_dropout": 0.0, "variational": False, "zoneout": 0.0,
     "padding": "zeros",
+    "activations": None, "clip": None, "cell_clip": None,
 }  # fmt: skip
 
 
@@ -1024,6 +1030,10 @@ class RNN(Recurrent):
     dtype: np.float32 or np.float64; seed: an integer for the initial parameters (uniform within
     1/sqrt(H) of zero) and for all that is dropped, or None for one from the system.
 
+    activations: a tuple of one, in the place of nonlinearity, which is to be left out then: one of
+    ONNX's names in lower case (`rnnfast.cells.ACTIVATIONS`), or a tuple of it and its alpha, or
+    alpha and beta. clip: what it is taken of is held within -clip and clip; None: no limit.
+
     The states are one array. Raises TypeError or ValueError for an argument that is not such.
 
     >>> rnn = RNN(3, 5, nonlinearity="relu")
@@ -1033,30 +1043,42 @@ class RNN(Recurrent):
     """
 
     _file_name = "RNN"
+    _later: ClassVar[dict[str, Any]] = {**LATER, "activations": None, "clip": None}
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
         bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
         bidirectional: bool = False, *, layer_norm: str | None = None,
-        merge: str = CONCAT, learn_initial: bool = False,
-        drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
-        zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
-        seed: int | None = None,
+        activations: Any = None, clip: float | None = None, merge: str = CONCAT,
+        learn_initial: bool = False, drop_connect: float = 0.0,
+        recurrent_dropout: float = 0.0, variational: bool = False, zoneout: Any = 0.0,
+        padding: str = "zeros", dtype: Any = np.float32, seed: int | None = None,
     ) -> None:  # fmt: skip
         self._build(
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers,
                 nonlinearity=nonlinearity, bias=bias, batch_first=batch_first, dropout=dropout,
                 bidirectional=bidirectional, layer_norm=layer_norm,
-                merge=merge, learn_initial=learn_initial,
-                drop_connect=drop_connect, recurrent_dropout=recurrent_dropout,
-                variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
+                activations=activations, clip=clip, merge=merge,
+                learn_initial=learn_initial, drop_connect=drop_connect,
+                recurrent_dropout=recurrent_dropout, variational=variational, zoneout=zoneout,
+                padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip
 
     @staticmethod
-    def _cell_of(arguments: dict[str, Any]) -> Cell:
-        return functional.rnn_cell(arguments["nonlinearity"], arguments["layer_norm"])
+    def _row_of(arguments: dict[str, Any]) -> Row:
+        names = "nonlinearity", "layer_norm", "activations", "clip"
+        cell, functions = row = functional.rnn_cell(*map(arguments.__getitem__, names))
+        if arguments["activations"] is not None:
+            own = functions.activations if functions else (cell.options["nonlinearity"],)
+            arguments["activations"] = own
+        arguments["clip"] = functions and functions.clip
+        return row
+
+    nonlinearity = _argument("nonlinearity", "tanh or relu; of no meaning beside activations.")
+    activations = _argument("activations", "What stands in the place of nonlinearity, or None.")
+    clip = _argument("clip", "Limit of what activations are taken of, or None.")
 
 
 class LSTM(Recurrent):
@@ -1072,6 +1094,10 @@ class LSTM(Recurrent):
     the c that goes on to the next step; neither with peephole or coupled. The states are a pair,
     (h, c).
 
+    activations: f of i, f and o, g of g, h of c, each as of `RNN`; clip: what f and g are taken of
+    is held within -clip and clip; cell_clip: so is c, before o and h see it. They are as in ONNX,
+    and cell_clip as in TensorFlow.
+
     >>> lstm = LSTM(3, 5, num_layers=2, bidirectional=True)
     >>> y, (h_n, c_n) = lstm(np.zeros((7, 2, 3), np.float32), lengths=[7, 4])
     >>> y.shape, h_n.shape, c_n.shape
@@ -1081,6 +1107,7 @@ class LSTM(Recurrent):
     _file_name = "LSTM"
     _later: ClassVar[dict[str, Any]] = {
         **LATER, "peephole": False, "coupled": False, "forget_bias": None,
+        "activations": LSTM_PLAIN, "clip": None, "cell_clip": None,
     }  # fmt: skip
 
     def __init__(
@@ -1088,9 +1115,11 @@ class LSTM(Recurrent):
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
         proj_size: int = 0, *, peephole: bool = False, coupled: bool = False,
         forget_bias: float | None = None, layer_norm: str | None = None,
-        merge: str = CONCAT, learn_initial: bool = False,
-        drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
-        zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
+        activations: Any = LSTM_PLAIN,
+        clip: float | None = None, cell_clip: float | None = None, merge: str = CONCAT,
+        learn_initial: bool = False, drop_connect: float = 0.0, recurrent_dropout: float = 0.0,
+        variational: bool = False, zoneout: Any = 0.0, padding: str = "zeros",
+        dtype: Any = np.float32,
         seed: int | None = None,
     ) -> None:  # fmt: skip
         self._build(
@@ -1098,20 +1127,22 @@ class LSTM(Recurrent):
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
                 proj_size=proj_size, peephole=peephole, coupled=coupled, forget_bias=forget_bias,
-                layer_norm=layer_norm,
-                merge=merge, learn_initial=learn_initial, drop_connect=drop_connect,
+                layer_norm=layer_norm, activations=activations, clip=clip, cell_clip=cell_clip,
+                merge=merge,
+                learn_initial=learn_initial, drop_connect=drop_connect,
                 recurrent_dropout=recurrent_dropout, variational=variational, zoneout=zoneout,
                 padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip
 
     @staticmethod
-    def _cell_of(arguments: dict[str, Any]) -> Cell:
+    def _row_of(arguments: dict[str, Any]) -> Row:
         size = arguments["proj_size"] = checks.integer("proj_size", arguments["proj_size"], 0)
         if size >= arguments["hidden_size"]:
             checks.fail(ValueError, "proj_size", str(size), "less than hidden_size, or 0 for none")
-        options = (arguments[name] for name in ("peephole", "coupled", "layer_norm"))
-        cell = functional.lstm_cell(*options)
+        names = "peephole", "coupled", "layer_norm", "activations", "clip", "cell_clip"
+        cell, functions = row = functional.lstm_cell(*map(arguments.__getitem__, names))
+        arguments.update((functions or Functions(LSTM_PLAIN))._asdict())  # as they were checked
         if arguments["forget_bias"] is not None:
             value = checks.finite("forget_bias", arguments["forget_bias"], arguments["dtype"])
             arguments["forget_bias"] = value
@@ -1120,7 +1151,7 @@ class LSTM(Recurrent):
                 checks.fail(ValueError, "forget_bias", str(value), needs)
             if not arguments["bias"]:
                 checks.fail(ValueError, "forget_bias", str(value), "None where bias is False")
-        return cell
+        return row
 
     def _fill_more(self) -> None:
         value = self._arguments["forget_bias"]
@@ -1135,6 +1166,9 @@ class LSTM(Recurrent):
     peephole = _argument("peephole", "Whether gates see c.")
     coupled = _argument("coupled", "Whether the forget gate is 1 - i.")
     forget_bias = _argument("forget_bias", "What the forget gate's biases summed up to at first.")
+    activations = _argument("activations", "f, g and h.")
+    clip = _argument("clip", "Limit of what f and g are taken of, or None.")
+    cell_clip = _argument("cell_clip", "Limit of c, or None.")
 
 
 class GRU(Recurrent):
@@ -1142,7 +1176,8 @@ class GRU(Recurrent):
 
     Arguments as of `RNN`, without nonlinearity; reset_after: the reset gate scales R h + b_hn
     (PyTorch's form), or, if False, h before the product (ONNX's default), then without layer_norm.
-    The states are one array.
+    activations: f of r and z, g of n; clip: what they are taken of is held within -clip and clip;
+    as of `LSTM`. The states are one array.
 
     >>> gru = GRU(3, 5, batch_first=True)
     >>> y, h_n = gru(np.zeros((2, 7, 3), np.float32))
@@ -1151,27 +1186,37 @@ class GRU(Recurrent):
     """
 
     _file_name = "GRU"
+    _later: ClassVar[dict[str, Any]] = {**LATER, "activations": GRU_PLAIN, "clip": None}
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
         reset_after: bool = True, layer_norm: str | None = None,
-        merge: str = CONCAT, learn_initial: bool = False,
-        drop_connect: float = 0.0, recurrent_dropout: float = 0.0, variational: bool = False,
-        zoneout: Any = 0.0, padding: str = "zeros", dtype: Any = np.float32,
-        seed: int | None = None,
+        activations: Any = GRU_PLAIN, clip: float | None = None,
+        merge: str = CONCAT, learn_initial: bool = False, drop_connect: float = 0.0,
+        recurrent_dropout: float = 0.0, variational: bool = False, zoneout: Any = 0.0,
+        padding: str = "zeros", dtype: Any = np.float32, seed: int | None = None,
     ) -> None:  # fmt: skip
         self._build(
             dict(
                 input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, bias=bias,
                 batch_first=batch_first, dropout=dropout, bidirectional=bidirectional,
                 reset_after=reset_after, layer_norm=layer_norm,
-                merge=merge, learn_initial=learn_initial,
-                drop_connect=drop_connect, recurrent_dropout=recurrent_dropout,
-                variational=variational, zoneout=zoneout, padding=padding, dtype=dtype, seed=seed,
+                activations=activations, clip=clip, merge=merge,
+                learn_initial=learn_initial, drop_connect=drop_connect,
+                recurrent_dropout=recurrent_dropout, variational=variational, zoneout=zoneout,
+                padding=padding, dtype=dtype, seed=seed,
             )
         )  # fmt: skip
 
     @staticmethod
-    def _cell_of(arguments: dict[str, Any]) -> Cell:
-        return functional.gru_cell(arguments["reset_after"], arguments["layer_norm"])
+    def _row_of(arguments: dict[str, Any]) -> Row:
+        names = "reset_after", "layer_norm", "activations", "clip"
+        _, functions = row = functional.gru_cell(*map(arguments.__getitem__, names))
+        own = functions or Functions(GRU_PLAIN)
+        arguments.update(activations=own.activations, clip=own.clip)  # as they were checked
+        return row
+
+    reset_after = _argument("reset_after", "Whether the reset gate scales R h + b_hn.")
+    activations = _argument("activations", "f and g.")
+    clip = _argument("clip", "Limit of what f and g are taken of, or None.")

@@ -19,6 +19,7 @@ complex numbers (no abs, no conj), which gives derivatives by the complex step, 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,188 @@ def relu(z):
     return np.where(z.real <= 0, 0, z)
 
 
+def relu_slope(z):
+    z = np.asarray(z)
+    return _real(np.where(z.real <= 0, 0, 1), z)
+
+
+def tanh_slope(z):
+    t = np.tanh(z)
+    return (1 - t) * (1 + t)
+
+
+def sigmoid_slope(z):
+    s = sigmoid(z)
+    return s * (1 - s)
+
+
+def _real(slope, z):
+    """Constants of a piecewise function, in the precision of z."""
+    return np.asarray(slope).astype(np.asarray(z).real.dtype)
+
+
+def affine(z, alpha=1.0, beta=0.0):
+    """alpha z + beta."""
+    return alpha * z + beta
+
+
+def affine_slope(z, alpha=1.0, beta=0.0):
+    return _real(np.full(np.shape(z), alpha), z)
+
+
+def leakyrelu(z, alpha=0.01):
+    """z where it is positive, alpha z elsewhere."""
+    z = np.asarray(z)
+    return np.where(z.real <= 0, alpha * z, z)
+
+
+def leakyrelu_slope(z, alpha=0.01):
+    z = np.asarray(z)
+    return _real(np.where(z.real <= 0, alpha, 1), z)
+
+
+def thresholdedrelu(z, alpha=1.0):
+    """z from alpha on, 0 below; what it jumps there has no gradient.
+
+    >>> thresholdedrelu(np.array([0.5, 1.0, 2.0])).tolist()
+    [0.0, 1.0, 2.0]
+    """
+    z = np.asarray(z)
+    return np.where(z.real < alpha, 0, z)
+
+
+def thresholdedrelu_slope(z, alpha=1.0):
+    z = np.asarray(z)
+    return _real(np.where(z.real < alpha, 0, 1), z)
+
+
+def scaledtanh(z, alpha=1.0, beta=1.0):
+    """alpha tanh(beta z)."""
+    return alpha * tanh(beta * z)
+
+
+def scaledtanh_slope(z, alpha=1.0, beta=1.0):
+    return alpha * beta * tanh_slope(beta * z)
+
+
+def hardsigmoid(z, alpha=0.2, beta=0.5):
+    """alpha z + beta, held within 0 and 1.
+
+    >>> hardsigmoid(np.array([-3.0, 0.0, 3.0])).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    v = np.asarray(alpha * z + beta)
+    return np.where(v.real <= 0, 0, np.where(v.real >= 1, 1, v))
+
+
+def hardsigmoid_slope(z, alpha=0.2, beta=0.5):
+    v = np.asarray(alpha * z + beta)
+    return _real(np.where((v.real <= 0) | (v.real >= 1), 0, alpha), z)
+
+
+def elu(z, alpha=1.0):
+    """z where it is positive, alpha (exp(z) - 1) elsewhere."""
+    z = np.asarray(z)
+    return np.where(z.real > 0, z, alpha * np.expm1(np.where(z.real > 0, 0, z)))
+
+
+def elu_slope(z, alpha=1.0):
+    z = np.asarray(z)
+    return np.where(z.real > 0, 1, alpha * np.exp(np.where(z.real > 0, 0, z)))
+
+
+def softsign(z):
+    """z / (1 + |z|), |.| by the sign of the real part; 1 and -1 at the infinities.
+
+    >>> softsign(np.array([-1.0, 0.0, np.inf])).tolist()
+    [-0.5, 0.0, 1.0]
+    """
+    z = np.asarray(z)
+    far = np.isinf(z.real)
+    near = np.where(far, 1, z)
+    return np.where(far, np.sign(z.real), near / (1 + np.where(near.real < 0, -near, near)))
+
+
+def softsign_slope(z):
+    z = np.asarray(z)
+    return 1 / (1 + np.where(z.real < 0, -z, z)) ** 2
+
+
+def softplus(z):
+    """log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|)), without overflow.
+
+    >>> softplus(np.array([-1000.0, 1000.0])).tolist()
+    [0.0, 1000.0]
+    """
+    z = np.asarray(z)
+    negative = z.real < 0
+    return np.where(negative, 0, z) + np.log1p(np.exp(np.where(negative, z, -z)))
+
+
+# By ONNX's names, in lower case: the function, and its derivative by z. The defaults are those of
+# ONNX's operators of these names; where a function has a kink, the derivative is that of its left,
+# or, at a jump, of its right.
+ACTIVATIONS = {
+    "sigmoid": (sigmoid, sigmoid_slope),
+    "tanh": (tanh, tanh_slope),
+    "relu": (relu, relu_slope),
+    "affine": (affine, affine_slope),
+    "leakyrelu": (leakyrelu, leakyrelu_slope),
+    "thresholdedrelu": (thresholdedrelu, thresholdedrelu_slope),
+    "scaledtanh": (scaledtanh, scaledtanh_slope),
+    "hardsigmoid": (hardsigmoid, hardsigmoid_slope),
+    "elu": (elu, elu_slope),
+    "softsign": (softsign, softsign_slope),
+    "softplus": (softplus, sigmoid),
+}
+
+
+class Functions(NamedTuple):
+    """What a general cell computes with.
+
+    activations: f of an RNN, f, g of a GRU, f, g, h of an LSTM, each a name in ACTIVATIONS, or
+    (name, alpha), or (name, alpha, beta); clip: what f and g are taken of is held within -clip and
+    clip; cell_clip: so is the new c of an LSTM; None: no limit.
+    """
+
+    activations: tuple
+    clip: float | None = None
+    cell_clip: float | None = None
+
+
+def clipped(z, limit):
+    """z, held within -limit and limit; a NaN stays, and None is no limit.
+
+    >>> clipped(np.array([-2.0, 0.5, 2.0]), 1.0).tolist()
+    [-1.0, 0.5, 1.0]
+    """
+    if limit is None:
+        return z
+    z = np.asarray(z)
+    return np.where(z.real > limit, limit, np.where(z.real < -limit, -limit, z))
+
+
+def cut(d, z, limit):
+    """The gradient d by clipped(z, limit), as one by z: none where the limit has changed z."""
+    return d if limit is None else np.where(np.abs(z) > limit, 0, d)
+
+
+def activate(activation, z, clip):
+    """An activation as `Functions` names it, of a clipped z.
+
+    >>> activate(("leakyrelu", 0.5), np.array([-4.0, 1.0]), 2.0).tolist()
+    [-1.0, 1.0]
+    """
+    name, *parameters = (activation,) if isinstance(activation, str) else activation
+    return ACTIVATIONS[name][0](clipped(z, clip), *parameters)
+
+
+def slope(activation, z, clip):
+    """The derivative of `activate` by z."""
+    name, *parameters = (activation,) if isinstance(activation, str) else activation
+    return cut(ACTIVATIONS[name][1](clipped(z, clip), *parameters), z, clip)
+
+
 # ---------------------------------------------------------------------------------------- cells
 #
 # A step:       x [n, I], states before (each [n, H]), weights -> states after, gates for the tape.
@@ -72,6 +255,10 @@ def relu(z):
 # where z_x = x W^T + b_ih is what comes from the input and z_h = h R^T + b_hh what comes from the
 # state. The input's side is the same for all cells and left to `backward`:
 # dx = dz_x W, dW = dz_x^T x, db_ih = sum(dz_x), db_hh = sum(dz_h).
+#
+# A general cell is one of the others with any activations and clips, its `Functions`, which both
+# take by name. Its tape has z, before it is clipped, instead of gates: at a kink, or where a gate
+# has saturated, a gate's value does not tell its derivative.
 
 
 def split(z, gates):
@@ -461,19 +648,144 @@ def gru_norm_step_backward(d_after, gates, before, after, R, b_ih, b_hh, g_ih, g
     return d_x, d_h, apart(before, dh_new * z, d_h @ R), d_h.T @ seen, *d_more
 
 
+def rnn_general_step(x, before, W, R, b_ih, b_hh, *, functions):
+    """h' = f(W x + b_ih + R h + b_hh); ONNX's RNN with its activations and clip."""
+    (h,), ((f,), clip, _) = before, functions
+    z = x @ W.T + b_ih + h @ R.T + b_hh
+    return (activate(f, z, clip),), (z,)
+
+
+def rnn_general_step_backward(d_after, gates, before, after, R, *, functions):
+    (dh_new,), (z,), (h,), ((f,), clip, _) = d_after, gates, before, functions
+    dz = dh_new * slope(f, z, clip)
+    return dz, dz, (dz @ R,), dz.T @ h
+
+
+def seen(z, p, c):
+    """z with what a peephole p adds of c; z alone, if there is none."""
+    return z if p is None else z + p * c
+
+
+def lstm_general_step(x, before, W, R, b_ih, b_hh, P=None, *, functions, coupled=False):
+    """An LSTM and its variants, with activations f of i, f and o, g of g, and h of c.
+
+    ONNX's LSTM with its activations, clip, peepholes and input_forget. ONNX says that clip is
+    applied "to the input of activations"; as in ONNX Runtime, these are the gates' alone, and c is
+    not clipped for h. cell_clip bounds c itself, before o and h' see it (Sak, Senior and Beaufays,
+    arXiv 1402.1128; tf.compat.v1.nn.rnn_cell.LSTMCell).
+    """
+    h, c = before
+    (f_, g_, h_), clip, cell_clip = functions
+    p_i, *p_f, p_o = np.split(P, 3 - coupled) if P is not None else [None] * (3 - coupled)
+    z_i, *z_f, z_g, z_o = split(x @ W.T + b_ih + h @ R.T + b_hh, 4 - coupled)
+    z_i, z_f = seen(z_i, p_i, c), [seen(z_f[0], p_f[0], c)] if z_f else []
+    i, g = activate(f_, z_i, clip), activate(g_, z_g, clip)
+    f = activate(f_, z_f[0], clip) if z_f else 1 - i
+    c_new = clipped(f * c + i * g, cell_clip)
+    z_o = seen(z_o, p_o, c_new)
+    h_new = activate(f_, z_o, clip) * activate(h_, c_new, None)
+    return (h_new, c_new), (z_i, *z_f, z_g, z_o)
+
+
+def lstm_general_step_backward(
+    d_after, gates, before, after, R, P=None, *, functions, coupled=False
+):
+    (dh_new, dc_new), (z_i, *z_f, z_g, z_o), (h, c), (_, c_new) = d_after, gates, before, after
+    (f_, g_, h_), clip, cell_clip = functions
+    p_i, *p_f, p_o = np.split(P, 3 - coupled) if P is not None else [None] * (3 - coupled)
+    i, g, o = activate(f_, z_i, clip), activate(g_, z_g, clip), activate(f_, z_o, clip)
+    f = activate(f_, z_f[0], clip) if z_f else 1 - i
+    dz_o = dh_new * activate(h_, c_new, None) * slope(f_, z_o, clip)
+    dc = seen(dc_new + dh_new * o * slope(h_, c_new, None), p_o, dz_o)
+    dc = cut(dc, f * c + i * g, cell_clip)
+    dz_i = dc * (g - c if coupled else g) * slope(f_, z_i, clip)
+    dz_f = [dc * c * slope(f_, z_f[0], clip)] if z_f else []
+    dz_g = dc * i * slope(g_, z_g, clip)
+    dc_old = seen(dc * f, p_i, dz_i)
+    dc_old = seen(dc_old, p_f[0], dz_f[0]) if z_f else dc_old
+    dz = join(dz_i, *dz_f, dz_g, dz_o)
+    dP = [] if P is None else [join(*(d * c for d in (dz_i, *dz_f)), dz_o * c_new).sum(axis=0)]
+    return dz, dz, (dz @ R, dc_old), dz.T @ h, *dP
+
+
+def gru_general_step(x, before, W, R, b_ih, b_hh, *, functions):
+    """`gru_step` with activations f of r and z, and g of n; ONNX's linear_before_reset = 1."""
+    h, seen, ((f, g), clip, _) = before[0], before[-1], functions
+    x_r, x_z, x_n = split(x @ W.T + b_ih, 3)
+    h_r, h_z, hn = split(seen @ R.T + b_hh, 3)
+    z_r, z_z = x_r + h_r, x_z + h_z
+    z_n = x_n + activate(f, z_r, clip) * hn
+    z = activate(f, z_z, clip)
+    h_new = (1 - z) * activate(g, z_n, clip) + z * h
+    return (h_new,), (z_r, z_z, z_n, hn)
+
+
+def gru_general_step_backward(d_after, gates, before, after, R, *, functions):
+    (dh_new,), (z_r, z_z, z_n, hn), h, seen = d_after, gates, before[0], before[-1]
+    (f, g), clip, _ = functions
+    r, z, n = activate(f, z_r, clip), activate(f, z_z, clip), activate(g, z_n, clip)
+    dz_n = dh_new * (1 - z) * slope(g, z_n, clip)
+    dz_z = dh_new * (h - n) * slope(f, z_z, clip)
+    dz_r = dz_n * hn * slope(f, z_r, clip)
+    dz_x = join(dz_r, dz_z, dz_n)
+    dz_h = join(dz_r, dz_z, dz_n * r)
+    return dz_x, dz_h, apart(before, dh_new * z, dz_h @ R), dz_h.T @ seen
+
+
+def gru_reset_before_general_step(x, before, W, R, b_ih, b_hh, *, functions):
+    """`gru_reset_before_step` with activations f of r and z, and g of n; ONNX's default form."""
+    h, seen, ((f, g), clip, _) = before[0], before[-1], functions
+    H = h.shape[1]
+    R_rz, R_n = R[: 2 * H], R[2 * H :]
+    z_rz, z_n = np.split(x @ W.T + b_ih + b_hh, [2 * H], axis=1)
+    z_r, z_z = split(z_rz + seen @ R_rz.T, 2)
+    r, z = activate(f, z_r, clip), activate(f, z_z, clip)
+    z_n = z_n + (r * seen) @ R_n.T
+    h_new = (1 - z) * activate(g, z_n, clip) + z * h
+    return (h_new,), (z_r, z_z, z_n)
+
+
+def gru_reset_before_general_step_backward(d_after, gates, before, after, R, *, functions):
+    (dh_new,), (z_r, z_z, z_n), h, seen = d_after, gates, before[0], before[-1]
+    (f, g), clip, _ = functions
+    H = h.shape[1]
+    R_rz, R_n = R[: 2 * H], R[2 * H :]
+    r, z, n = activate(f, z_r, clip), activate(f, z_z, clip), activate(g, z_n, clip)
+    dz_n = dh_new * (1 - z) * slope(g, z_n, clip)
+    dz_z = dh_new * (h - n) * slope(f, z_z, clip)
+    drh = dz_n @ R_n
+    dz_r = drh * seen * slope(f, z_r, clip)
+    dz_rz = join(dz_r, dz_z)
+    dz = join(dz_rz, dz_n)
+    dh, d_seen = dh_new * z, drh * r + dz_rz @ R_rz
+    dR = np.concatenate([dz_rz.T @ seen, dz_n.T @ (r * seen)])
+    return dz, dz, apart(before, dh, d_seen), dR
+
+
 PEEPHOLE = ("weight_peephole",)
 NORM = "weight_norm_ih", "weight_norm_hh"
 NORM_C = *NORM, "weight_norm_c", "bias_norm_c"
 
 
 class Equations(NamedTuple):
-    """A cell as its equations, and how many states and tape gates they speak of."""
+    """A cell as its equations, and how many states and tape gates they speak of.
+
+    `more` is what both take by name beside what all take; of a general cell, `functions` come to
+    it.
+    """
 
     step: Callable
     step_backward: Callable
     states: int
     tape_gates: int
     more: tuple = ()  # names of its weights of single units
+    fixed: dict | None = None  # arguments of both by name
+    general: bool = False
+
+
+def _general_lstm(tape_gates, coupled, more=()):
+    equations = lstm_general_step, lstm_general_step_backward
+    return Equations(*equations, 2, tape_gates, more, {"coupled": coupled}, True)
 
 
 EQUATIONS = {
@@ -492,7 +804,27 @@ EQUATIONS = {
     "lstm_norm": Equations(lstm_norm_step, lstm_norm_step_backward, 2, 8, NORM_C),
     "lstm_norm_cell": Equations(lstm_norm_cell_step, lstm_norm_cell_step_backward, 2, 8, NORM_C),
     "gru_norm": Equations(gru_norm_step, gru_norm_step_backward, 1, 6, NORM),
+    "rnn_general": Equations(rnn_general_step, rnn_general_step_backward, 1, 1, general=True),
+    "lstm_general": _general_lstm(4, False),
+    "lstm_peephole_general": _general_lstm(4, False, PEEPHOLE),
+    "lstm_coupled_general": _general_lstm(3, True),
+    "lstm_coupled_peephole_general": _general_lstm(3, True, PEEPHOLE),
+    "gru_general": Equations(gru_general_step, gru_general_step_backward, 1, 4, general=True),
+    "gru_reset_before_general": Equations(
+        gru_reset_before_general_step, gru_reset_before_general_step_backward, 1, 3, general=True
+    ),
 }
+
+
+def equations(cell, functions=None):
+    """A cell's step and its derivative, of a general one with its `Functions` in them."""
+    e = EQUATIONS[cell]
+    if e.general != (functions is not None):
+        raise ValueError(f"{cell}: functions are what a general cell needs, and no other takes")
+    given = {**(e.fixed or {}), "functions": functions} if e.general else {}
+    step, step_backward = partial(e.step, **given), partial(e.step_backward, **given)
+    return step, step_backward, e.states, e.tape_gates, e.more
+
 
 # --------------------------------------------------------------------------------- through time
 
@@ -611,7 +943,7 @@ def _zero_for_none(units, rows, H, dtype):
 
 def forward(
     cell, x, state, weights, *, lengths=None, reverse=False, projection=None, mask=None,
-    between=None,
+    between=None, functions=None,
 ):  # fmt: skip
     """One layer in one direction through time.
 
@@ -621,7 +953,8 @@ def forward(
     None for T; reverse: from each row's last valid step to its first; projection [P, H]: what the
     cell makes is projected to h, so that h and y have P numbers, and R is [G*H, P] (Sak, Senior and
     Beaufays, arXiv 1402.1128; torch.nn.LSTM's weight_hr); mask bool [T, B]: instead of lengths, the
-    steps that there are of each row; between: a `Between`.
+    steps that there are of each row; between: a `Between`; functions: the `Functions`
+    of a general cell.
 
     Returns y [T, B, H], zeros past a row's length; the states after each row's last valid step,
     each [B, H] (its initial ones if its length is 0); and the tape, a dict of gates [T, B, Gt, H]
@@ -633,7 +966,7 @@ def forward(
     >>> y[:, 0, 0].tolist(), h_n.tolist()
     ([1.0, 3.0, 7.0], [[7.0]])
     """
-    step, _, n_states, n_gates, _ = EQUATIONS[cell]
+    step, _, n_states, n_gates, _ = equations(cell, functions)
     T, B, _ = x.shape
     W, R = weights[:2]
     H, N = R.shape[1] if projection is None else projection.shape[1], R.shape[1]
@@ -671,14 +1004,14 @@ def forward(
 
 def backward(
     cell, x, tape, weights, dy, dstate, *, lengths=None, reverse=False, projection=None, mask=None,
-    between=None, dc_steps=None,
+    between=None, dc_steps=None, functions=None,
 ):  # fmt: skip
     """Gradients of one layer in one direction: the chain rule along the walk, from its end.
 
-    x, weights, lengths, reverse, projection, mask, between: as in the forward call that made
-    `tape`; dy [T, B, H] and dstate (each [B, H], by the states after the last valid step) are the
-    gradients of the loss by forward's results, either may be None for zeros (Werbos,
-    "Backpropagation through time", 1990); so is dc_steps [T, B, H], by the c after each step.
+    x, weights and the options but dc_steps: as in the forward call that made `tape`; dy [T, B, H]
+    and dstate (each [B, H], by the states after the last valid step) are the gradients of the loss
+    by forward's results, either may be None for zeros (Werbos, "Backpropagation through time",
+    1990); so is dc_steps [T, B, H], by the c after each step.
 
     Returns a dict: x [T, B, I] (zeros past a row's length), state (a tuple of [B, H], by the
     initial states), weight_ih, weight_hh, bias_ih, bias_hh (None where the bias is), the cell's
@@ -693,7 +1026,7 @@ def backward(
     >>> grads["x"][:, 0, 0].tolist(), grads["weight_hh"].tolist()
     ([4.0, 2.0, 1.0], [[5.0]])
     """
-    step, step_backward, n_states, n_gates, names = EQUATIONS[cell]
+    step, step_backward, n_states, n_gates, names = equations(cell, functions)
     T, B, _ = x.shape
     W, R, *units = weights
     names = "bias_ih", "bias_hh", *names
@@ -810,7 +1143,8 @@ def merge_backward(kind, dy, ys):
 
 
 def stack_forward(
-    cell, x, state, params, *, lengths=None, masks=None, mask=None, between=None, merging="concat"
+    cell, x, state, params, *, lengths=None, masks=None, mask=None, between=None, merging="concat",
+    functions=None,
 ):  # fmt: skip
     """Layers of one or two directions; a layer's y, its directions merged, is the next x.
 
@@ -838,7 +1172,7 @@ def stack_forward(
             first = None if state is None else tuple(s[k * len(ends) + d] for s in state)
             weights, projection = stack_weights(cell, params, end)
             how = dict(lengths=lengths, reverse=d == 1, projection=projection)
-            how |= dict(mask=mask, between=between)
+            how |= dict(mask=mask, between=between, functions=functions)
             runs.append(forward(cell, x, first, weights, **how))
         ys = [y for y, _, _ in runs]
         tapes.append((x, [tape for _, _, tape in runs], ys))
@@ -849,7 +1183,7 @@ def stack_forward(
 
 def stack_backward(
     cell, tapes, params, dy, dstate, *, lengths=None, masks=None, mask=None, between=None,
-    merging="concat",
+    merging="concat", functions=None,
 ):  # fmt: skip
     """Gradients of `stack_forward`, from its `tapes` and the gradients by its y and last states.
 
@@ -873,7 +1207,7 @@ def stack_backward(
             d_last = None if dstate is None else tuple(s[which] for s in dstate)
             weights, projection = stack_weights(cell, params, end)
             how = dict(lengths=lengths, reverse=d == 1, projection=projection)
-            how |= dict(mask=mask, between=between)
+            how |= dict(mask=mask, between=between, functions=functions)
             run = backward(cell, x, layer_tapes[d], weights, dys[d], d_last, **how)
             dy = dy + run.pop("x")
             d_first[which] = run.pop("state")
@@ -952,6 +1286,7 @@ def draw(logits, temperature, u):
 def closed_loop(
     cell, first, steps, state, params, head, *, choice="value", table=None, covariates=None,
     teacher=None, temperature=1.0, seed=0, step0=0, row0=0,
+    functions=None,
 ):  # fmt: skip
     """A stack of one direction whose input at each step is made of its own output before.
 
@@ -986,7 +1321,7 @@ def closed_loop(
                 x = np.concatenate([x, covariates[t]], axis=1)
         else:
             x = table[token]
-        y, state, tape = stack_forward(cell, x[None], state, params)
+        y, state, tape = stack_forward(cell, x[None], state, params, functions=functions)
         before = y[0] @ weight.T + (0 if bias is None else bias)
         if choice == "argmax":
             token = before.argmax(axis=1)
@@ -1000,7 +1335,9 @@ def closed_loop(
     return np.array(outputs).reshape(steps, len(first), len(weight)), chosen, state, tapes
 
 
-def closed_loop_backward(cell, tapes, params, head, d_outputs, dstate, *, teacher=None):
+def closed_loop_backward(
+    cell, tapes, params, head, d_outputs, dstate, *, teacher=None, functions=None
+):
     """Gradients of a `closed_loop` with choice "value", from its `tapes`.
 
     d_outputs [T, B, O]: by each o as a result. Each is also the next step's input, where no teacher
@@ -1016,7 +1353,8 @@ def closed_loop_backward(cell, tapes, params, head, d_outputs, dstate, *, teache
         d_o = d_outputs[t] + carried
         total["weight"] = total["weight"] + d_o.T @ h
         total["bias"] = total["bias"] + d_o.sum(axis=0)
-        grads = stack_backward(cell, tape, params, (d_o @ weight)[None], dstate)
+        dy = (d_o @ weight)[None]
+        grads = stack_backward(cell, tape, params, dy, dstate, functions=functions)
         dstate = grads.pop("state")
         (dx,) = grads.pop("x")
         carried = dx[:, :O]

@@ -12,9 +12,9 @@ import numpy as np
 from tolerances import assert_close
 
 import rnnfast
-from rnnfast import _kernels, reference
+from rnnfast import _kernels, functional, reference
 from rnnfast.between import Between, Received
-from rnnfast.cells import CELLS, PARAMETERS
+from rnnfast.cells import CELLS, PARAMETERS, Functions
 
 DTYPES = ("float32", "float64")
 DIRECTIONS = ("forward", "reverse", "bidirectional")
@@ -70,6 +70,59 @@ LENGTHS = ("none", "uneven", "with zero", "all zero")
 WEIGHTS = ("default", "hard")
 HAPPENS = ("mask", "set", "hold", "keep", "clip", "c")  # "c": a gradient by the c of each step
 LOSSES = ("both", "y", "state")  # by what the loss depends on: dy and dstate, or one of them
+
+
+# Of general cells. The first ones hold a gate, and so the states, within bounds; the others do so
+# where what they are taken of is clipped.
+BOUNDED = (
+    "sigmoid", "tanh", "softsign", ("hardsigmoid", 0.3125, 0.4375), ("scaledtanh", 0.875, 0.75),
+)  # fmt: skip
+UNBOUNDED = (
+    "relu", "softplus", ("leakyrelu", 0.125), ("thresholdedrelu", 0.25), ("elu", 0.75),
+    ("affine", 0.5, 0.25),
+)  # fmt: skip
+SMOOTH = "sigmoid", "tanh", "softsign", ("scaledtanh", 0.875, 0.75), "softplus"
+# Gates that damp what a state passes on, as those of the plain cells do.
+DAMPING = "sigmoid", ("hardsigmoid", 0.3125, 0.4375)
+CLIPS, CELL_CLIPS = (0.75, 1.5, None), (0.5, 1.25, None)
+LETTERS = {"RNN": "f", "GRU": "fg", "LSTM": "fgh"}
+TURNS = 99  # of `draw_functions`, after which they come again
+
+
+def draw_functions(cell, *key, damping=False, smooth=False):
+    """Activations and clips for a general cell, by a turn or any other key; None for other cells.
+
+    In eleven turns each activation is in each place. damping: of many steps, the gates do not let
+    errors grow. smooth: no kinks, on whose two sides errors would put a number; no clips then.
+    """
+    row = CELLS[cell]
+    if not row.general:
+        return None
+    turn = key[0] if len(key) == 1 else zlib.crc32(repr(("functions", cell, *key)).encode())
+    every = SMOOTH if smooth else BOUNDED + UNBOUNDED
+    places = range(len(LETTERS[row.kind]))
+    own = tuple(every[((i + 1) * turn + 3 * i) % len(every)] for i in places)
+    if (damping or smooth) and row.kind != "RNN":
+        own = "sigmoid" if smooth else DAMPING[turn % 2], *own[1:]
+    if smooth:
+        return Functions(own)
+    clip, cell_clip = CLIPS[turn // 11 % 3], CELL_CLIPS[turn // 33 % 3]
+    if own[0] in UNBOUNDED:
+        clip = clip or 0.75
+        cell_clip = cell_clip or 1.25
+    return Functions(own, clip, cell_clip if row.kind == "LSTM" else None)
+
+
+# Of tests that are not about them; None for cells that are not general.
+FUNCTIONS = dict.fromkeys(CELLS) | {
+    "rnn_general": Functions((("elu", 0.75),), 1.5),
+    "lstm_general": Functions((DAMPING[1], "softsign", "softplus"), 1.5, 1.25),
+    "lstm_peephole_general": Functions(("sigmoid", ("leakyrelu", 0.125), "tanh"), None, 0.5),
+    "lstm_coupled_general": Functions(("softplus", "relu", ("scaledtanh", 0.875, 0.75)), 0.75),
+    "lstm_coupled_peephole_general": Functions(("sigmoid", "tanh", "tanh"), 0.75),
+    "gru_general": Functions(("softsign", ("affine", 0.5, 0.25)), 1.5),
+    "gru_reset_before_general": Functions(("sigmoid", ("thresholdedrelu", 0.25))),
+}
 
 
 def make_lengths(kind, T, B, rng):
@@ -174,6 +227,14 @@ class Case:
     def parameters(self):
         """Names of the parameters of a direction."""
         return CELLS[self.cell].parameters(self.projection > 0)
+
+    @property
+    def functions(self):
+        """What a general cell computes with, or None."""
+        shape = tuple(self.shape)
+        key = self.direction, shape, self.lengths, self.weights, self.seed, self.projection
+        how = dict(damping=self.shape.T > 20, smooth=self.weights == "hard")
+        return draw_functions(self.cell, *key, **how)
 
     @property
     def sizes(self):
@@ -375,6 +436,7 @@ def _run_reference(case, given, dtype):
     for d in range(D):
         own_between, own_dc_steps = of_direction(between, dc_steps, case, d)
         how = dict(lengths=lengths, reverse=case.reverse(d), mask=given.mask, between=own_between)
+        how["functions"] = case.functions
         own = weights[d]
         if case.projection:
             *own, how["projection"] = own
@@ -491,7 +553,8 @@ def run_kernel(
         c_tape = new(D, T + 1, B, H) if "c" in cell.states else None
     h_0, c_0 = states_of(given.state)
     weights = tuple(in_order(case, own) for own in given.weights)
-    pack = _kernels.pack(cell.number, weights, _kernels.FORWARD, threads, 0)
+    functions = case.functions
+    pack = _kernels.pack(cell.number, weights, _kernels.FORWARD, threads, 0, None, functions)
     times, between = times_of(given.mask), as_kernels(given.between)
     c_steps = received = None
     if "c" in case.happens and "c" in case.states:
@@ -530,7 +593,7 @@ def run_kernel(
         for name, arrays in zip("hc", (received.h, received.c), strict=True):
             for k, array in enumerate(arrays):
                 grads[f"d{name}_values{k}"] = array
-    pack = _kernels.pack(cell.number, weights, _kernels.BACKWARD, threads, 0)
+    pack = _kernels.pack(cell.number, weights, _kernels.BACKWARD, threads, 0, None, functions)
     ran_back = _kernels.backward(
         pack, x, given.lengths, gates, h_tape, c_tape, dy, dh_n, dc_n,
         grads["dx"], grads["dh_0"], grads.get("dc_0"), wanted,
@@ -569,8 +632,23 @@ def options_of(cell):
     >>> options_of("gru_reset_before")
     ('gru', {'reset_after': False})
     """
-    row = CELLS[cell]
-    return row.kind.lower(), dict(row.options)
+    row, options = CELLS[cell], dict(CELLS[cell].options)
+    if row.general:
+        options |= FUNCTIONS[cell]._asdict()
+        if row.kind != "LSTM":
+            del options["cell_clip"]
+    return row.kind.lower(), options
+
+
+def own_options(cell):
+    """Its options without activations and clips: those of backward, whose tape knows the others."""
+    return dict(CELLS[cell].options)
+
+
+def pack_of(cell, weights, kind="forward"):
+    """A public pack for a cell with these options."""
+    functions = FUNCTIONS[cell]
+    return functional.pack(cell, weights, kind, **functions._asdict() if functions else {})
 
 
 def make_module(cell, input_size, hidden_size, num_layers=1, **others):

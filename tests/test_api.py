@@ -15,7 +15,7 @@ import warnings
 
 import numpy as np
 import pytest
-from cases import make_module, options_of
+from cases import make_module, options_of, own_options, pack_of
 
 import rnnfast
 from rnnfast import functional
@@ -457,13 +457,13 @@ def test_functions_have_the_modules_bits(cell, packed):
     weights = tuple(module.params.values())
     for_forward, for_backward = weights, weights
     if packed:
-        for_forward = functional.pack(cell, weights)
-        for_backward = functional.pack(cell, weights, "backward")
+        for_forward = pack_of(cell, weights)
+        for_backward = pack_of(cell, weights, "backward")
     x, dy = random(T, B, I), random(T, B, H, seed=2)
     y, state, tape = forward(x, None, for_forward, lengths=[6, 1, 0, 3], **options)
     want_y, want_state, want_tape = module.forward_train(x, lengths=[6, 1, 0, 3])
     assert bits([y, state]) == bits([want_y, want_state])
-    grads = backward(tape, for_backward, dy, None, **options)
+    grads = backward(tape, for_backward, dy, None, **own_options(cell))
     want = module.backward(want_tape, dy)
     assert bits([grads.x, grads.state]) == bits(want)
     assert bits(grads.weights) == bits(list(module.grads.values()))

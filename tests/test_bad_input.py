@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from cases import options_of
+from cases import options_of, own_options
 
 import rnnfast
 from rnnfast import functional
-from rnnfast.cells import CELLS
+from rnnfast.cells import CELLS, Functions
 
 SECONDS = 20  # for one case; they take a thousandth of a second
 ADDRESS_SPACE = 6 * 2**30  # so that a giant request fails here as on a machine that refuses it
@@ -532,11 +532,14 @@ def call_targets(module, label, rng):
 
 def functional_targets():
     rng = np.random.default_rng(6)
-    for cell in ("rnn_tanh", "lstm", "lstm_coupled_peephole", "gru"):
+    for cell in ("rnn_tanh", "lstm", "lstm_coupled_peephole", "gru", "gru_general"):
         row, (kind, options) = CELLS[cell], options_of(cell)
         pair, gates = kind == "lstm", len(row.gates)
         forward, backward, step = (
-            partial(getattr(functional, f"{kind}_{verb}"), **options)
+            partial(
+                getattr(functional, f"{kind}_{verb}"),
+                **(own_options(cell) if verb == "backward" else options),
+            )
             for verb in ("forward", "backward", "step")
         )
 
@@ -922,6 +925,7 @@ NUMBERS: dict[str, Any] = {
 }
 # Which of NUMBERS an argument takes. 2**31 units, layers or threads fit no machine.
 FLAG = "True", "False", "np.True_"
+POSITIVE = "2**31", "2**63", "2**64", "1.5", "1.0", "float32 of 3", "None"
 TAKES = {
     "input_size": (),
     "hidden_size": (),
@@ -950,11 +954,13 @@ TAKES = {
         "float32 of 3",
         "None",
     ),
+    "clip": POSITIVE,
+    "cell_clip": POSITIVE,
     "nonlinearity": (),
     "dtype": ("float32 of 3",),  # NumPy takes a scalar for its dtype
 }
 OWN = {"nonlinearity": "RNN", "reset_after": "GRU"}
-OWN |= dict.fromkeys(("proj_size", "peephole", "coupled", "forget_bias"), "LSTM")
+OWN |= dict.fromkeys(("proj_size", "peephole", "coupled", "forget_bias", "cell_clip"), "LSTM")
 SIZES = {
     "a product over 2**63": (2**40, 2**40, 1),
     "just over 2**63": (2**21, 2**21, 2**21),
@@ -1202,6 +1208,7 @@ SPOILT_FIELDS = {
         np.full(B, 2**62), np.full(B, -1), [1, 2, 3], np.ones(B - 1, int), np.ones(B, np.int32),
     ),
     "cell": ("gru", 3, None, Word("lstm")),
+    "functions": ((), "x", 3, Functions(("tanh", "tanh", "tanh"))),
     "reverse": (1, None),
     "batch_first": ("no", 1),
     "unbatched": (True, None),

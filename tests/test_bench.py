@@ -23,8 +23,7 @@ import rnnfast.bench
 from rnnfast import cli
 from rnnfast.bench import compare, figures, measure, models, overhead, report, suite, worker
 from rnnfast.bench.libraries import BANDWIDTH, DROP_IN, OURS, PEAK, PEERS, library, machine, pytorch
-from rnnfast.bench.shapes import MODEL_MODES, MODES, SUITES, problem, shape_of
-from rnnfast.cells import CELLS
+from rnnfast.bench.shapes import CELLS, MODEL_MODES, MODES, SUITES, problem, shape_of
 
 TINY = "lstm-i3-h5-b2-t7"
 MODULES = [

@@ -117,7 +117,7 @@ def run_loss(case, given, d, changed):
         settings = list(between[i])
         settings[k] = settings[k][0], value
         between = between._replace(**{"hc"[i]: tuple(settings)})
-    how = dict(reverse=case.reverse(d), mask=given.mask, between=between)
+    how = dict(reverse=case.reverse(d), mask=given.mask, between=between, functions=case.functions)
     state = tuple(s[d] for s in given.state)
     x, state = changed.get("x", given.x), changed.get("state", state)
     weights = list(given.weights[d])

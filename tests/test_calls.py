@@ -8,7 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
-from cases import make_module
+from cases import FUNCTIONS, make_module
 from tolerances import assert_close, assert_same_bits
 
 import rnnfast
@@ -374,8 +374,9 @@ def test_inference_expects_zoneout_and_streams_agree(cell):
     for end in ("_l0", "_l1"):
         weights, _ = reference.stack_weights(cell, params, end)
         want, _, _ = reference.forward(
-            cell, want, None, weights, between=reference.Between(hold=hold)
-        )
+            cell, want, None, weights, between=reference.Between(hold=hold),
+            functions=FUNCTIONS[cell],
+        )  # fmt: skip
     assert_close("y", y, want, "float32")
     stream = module.stream(B)
     assert_same_bits("stream", np.stack([stream.step(x_t) for x_t in x]), y)

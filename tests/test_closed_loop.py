@@ -9,7 +9,7 @@ import pickle
 
 import numpy as np
 import pytest
-from cases import DTYPES, as_state, as_tuple, make_module
+from cases import DTYPES, FUNCTIONS, as_state, as_tuple, make_module
 from test_reference import assert_near, complex_step
 from tolerances import assert_close, assert_same_bits
 
@@ -92,17 +92,19 @@ def test_gradients_of_the_reference(cell, layers, with_more):
         more["covariates"] = rng.standard_normal((steps, 2, 1))
     n = len(state)
 
+    of_cell = dict(functions=FUNCTIONS[cell])
+
     def loss(first, weight, bias, *rest):
         named = dict(zip(params, rest[n:], strict=True))
         o, _, last, _ = reference.closed_loop(
-            cell, first, steps, rest[:n], named, (weight, bias), **more
+            cell, first, steps, rest[:n], named, (weight, bias), **more, **of_cell
         )
         return (o * d_outputs).sum() + sum((s * d).sum() for s, d in zip(last, dstate, strict=True))
 
-    *_, tapes = reference.closed_loop(cell, first, steps, state, params, head, **more)
+    *_, tapes = reference.closed_loop(cell, first, steps, state, params, head, **more, **of_cell)
     teacher = more.get("teacher")
     got = reference.closed_loop_backward(
-        cell, tapes, params, head, d_outputs, dstate, teacher=teacher
+        cell, tapes, params, head, d_outputs, dstate, teacher=teacher, **of_cell
     )
     want = complex_step(loss, [first, *head, *state, *params.values()])
     for name, need in zip(("first", "weight", "bias"), want[:3], strict=True):
@@ -139,8 +141,9 @@ def test_a_forecast_is_the_references(cell, layers, P, dtype):
         first, steps, head = arguments
         known = double(others.get("covariates"))
         want, _, states, _ = reference.closed_loop(
-            cell, double(first), steps, double(state), params, double(head), covariates=known
-        )
+            cell, double(first), steps, double(state), params, double(head), covariates=known,
+            functions=FUNCTIONS[cell],
+        )  # fmt: skip
         context = f"{cell}, {layers} layers, P={P}, {dtype}, {isa}, covariates: {with_more}"
         assert_close("values", values, want, dtype, context=context, time_axis=0)
         for have, need in zip(as_tuple(last), states, strict=True):
@@ -160,14 +163,15 @@ def test_training_on_own_predictions_is_the_references(cell, layers, P, dtype, w
     first, steps, head = arguments
     more = {name: double(value) for name, value in others.items()}
     want, _, states, tapes = reference.closed_loop(
-        cell, double(first), steps, double(state), params, double(head), **more
-    )
+        cell, double(first), steps, double(state), params, double(head), **more,
+        functions=FUNCTIONS[cell],
+    )  # fmt: skip
     assert_close("values", values, want, dtype, time_axis=0)
     for have, need in zip(as_tuple(last), states, strict=True):
         assert_close("state", have, need, dtype)
     grads = reference.closed_loop_backward(
         cell, tapes, params, double(head), double(dvalues), double(dstate),
-        teacher=more.get("teacher"),
+        teacher=more.get("teacher"), functions=FUNCTIONS[cell],
     )  # fmt: skip
     for name in ("first", "weight", "bias"):
         assert_close(name, getattr(got, name), grads[name], dtype, "gradient")
@@ -378,7 +382,7 @@ def test_tokens_are_the_references(cell, layers, P, table, dtype):
         assert tokens.shape == (T, B) and logits.shape == (T, B, V)
         want, chosen, states, _ = reference.closed_loop(
             cell, first, T, double(state), params, double(head), choice=choice, table=known,
-            **options,
+            functions=FUNCTIONS[cell], **options,
         )  # fmt: skip
         if dtype == "float64":
             assert tokens.tolist() == chosen.tolist()
@@ -387,7 +391,7 @@ def test_tokens_are_the_references(cell, layers, P, table, dtype):
                 assert_close("state", have, need, dtype)
             continue
         x = known[np.concatenate([[first], tokens[:-1]])]
-        y, _, _ = reference.stack_forward(cell, x, double(state), params)
+        y, _, _ = reference.stack_forward(cell, x, double(state), params, functions=FUNCTIONS[cell])
         assert_close("logits", logits, y @ double(head[0]).T + double(head[1]), dtype)
         for t, b in np.ndindex(T, B):
             if choice == "argmax":

@@ -15,6 +15,7 @@ import pytest
 from cases import (
     DIRECTIONS,
     DTYPES,
+    FUNCTIONS,
     LENGTHS,
     LOSSES,
     SHAPES,
@@ -169,7 +170,8 @@ def test_strides(cell, dtype):
     x, y = wide[::2, ::2, :6], out[::2, ::2, 1 : 1 + D * H]
     h_n, c_n = np.empty((2, D, 4, H), dtype)
     weights = tuple(in_order(case, own) for own in given.weights)
-    pack = _kernels.pack(CELLS[cell].number, weights, _kernels.FORWARD, 1, 0)
+    how = _kernels.FORWARD, 1, 0, None, case.functions
+    pack = _kernels.pack(CELLS[cell].number, weights, *how)
     has_c = "c" in case.states
     h_0, c_0 = (*given.state, None)[:2]
     _kernels.forward(
@@ -236,8 +238,9 @@ def test_nan_and_inf_propagate(cell, where, value, isa, use_isa):
         with np.errstate(all="ignore"):
             state, dstate = (tuple(a[0] for a in pair) for pair in (given.state, given.dstate))
             weights = given.weights[0]
-            y, state_n, tape = reference.forward(cell, given.x, state, weights)
-            grads = reference.backward(cell, given.x, tape, weights, given.dy, dstate)
+            how = dict(functions=case.functions)
+            y, state_n, tape = reference.forward(cell, given.x, state, weights, **how)
+            grads = reference.backward(cell, given.x, tape, weights, given.dy, dstate, **how)
         want = {"y": y, "dx": grads["x"]}
         for i, name in enumerate(case.states):
             want |= {f"{name}_n": state_n[i][None], f"d{name}_0": grads["state"][i][None]}
@@ -419,7 +422,7 @@ class Run:
         """The reference's y, states and gradients, in float64."""
         wide = [a.astype(np.float64) for a in (self.x, self.dy)]
         state, dstate = (tuple(a.astype(np.float64) for a in s) for s in (self.state, self.dstate))
-        how = dict(lengths=self.lengths)
+        how = dict(lengths=self.lengths, functions=FUNCTIONS[self.cell])
         y, state_n, tapes = reference.stack_forward(self.cell, wide[0], state, self.params, **how)
         grads = reference.stack_backward(self.cell, tapes, self.params, wide[1], dstate, **how)
         return y, state_n, grads
@@ -578,7 +581,7 @@ def test_dropout_between_layers(cell):
     assert_same_bits("y", module(run.x, state)[0], run.module(run.x, state)[0])
     for call in range(2):
         mask = reference.dropout_mask(5, call, 0, 7, 5, 18, 0.5)
-        how = dict(masks=[mask / 0.5])
+        how = dict(masks=[mask / 0.5], functions=FUNCTIONS[cell])
         y, _, tape = module.forward_train(run.x, state)
         dx, _ = module.backward(tape, run.dy, as_state(cell, run.dstate))
         y_want, _, tapes = reference.stack_forward(cell, run.x, run.state, run.params, **how)

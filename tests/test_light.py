@@ -23,6 +23,8 @@ from cases import (
     make_inputs,
     make_module,
     options_of,
+    own_options,
+    pack_of,
     past_lengths,
 )
 from test_api import bits, in_child, random
@@ -37,7 +39,7 @@ SHAPES = Shape(300, 1, 3, 5), Shape(90, 8, 5, 70), Shape(40, 33, 9, 6), Shape(9,
 
 
 def functions_of(cell):
-    """The forward and the backward function of a cell, and its options for both."""
+    """The forward and the backward function of a cell, and its options for the former."""
     kind, options = options_of(cell)
     forward, backward = (getattr(functional, f"{kind}_{verb}") for verb in ("forward", "backward"))
     return forward, backward, options
@@ -59,13 +61,14 @@ def run(case, kind, need=functional.NEEDS, packed=False):
     given = make_inputs(case)
     forward, backward, options = functions_of(case.cell)
     weights = given.weights if case.directions == 2 else given.weights[0]
-    packs = [functional.pack(case.cell, weights, way) for way in ("forward", "backward")]
+    packs = [pack_of(case.cell, weights, way) for way in ("forward", "backward")]
     used = packs if packed else (weights, weights)
     y, state, tape = forward(
         given.x, as_argument(given.state), used[0], lengths=given.lengths, tape=kind,
         reverse=case.direction == "reverse", **options,
     )  # fmt: skip
-    back = partial(backward, tape, used[1], given.dy, as_argument(given.dstate), **options)
+    how = own_options(case.cell)
+    back = partial(backward, tape, used[1], given.dy, as_argument(given.dstate), **how)
     grads = back(need=need)
     results = {"y": y, "state": state, "dx": grads.x, "dstate": grads.state}
     return {**results, "weights": grads.weights}, tape, back
@@ -231,7 +234,7 @@ def scratch(monkeypatch):
 
 def packs_of(cell, I, H, dtype=np.float32):
     weights = tuple(np.zeros(shape, dtype) for shape in CELLS[cell].weight_shapes(I, H).values())
-    return [functional.pack(cell, weights, kind) for kind in ("forward", "backward")]
+    return [pack_of(cell, weights, kind) for kind in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -244,7 +247,7 @@ def test_a_full_tape(cell, scratch):
     assert sum(scratch) == y.nbytes + tape.nbytes
     assert tape.nbytes <= 4 * T * B * 6 * H * (1 + 1 / T)
     scratch.clear()
-    grads = backward(tape, packs[1], y, None, need=CELLS[cell].parameters(), **options)
+    grads = backward(tape, packs[1], y, None, need=CELLS[cell].parameters(), **own_options(cell))
     assert grads.x is None and sum(scratch) == 0
 
 
@@ -270,7 +273,7 @@ def test_a_light_tape_grows_with_the_root(cell, direction, dtype, scratch, small
         case = Case(cell, Shape(T, B, I, H), direction, dtype)
         given = make_inputs(case)
         weights = given.weights if D == 2 else given.weights[0]
-        packed = functional.pack(cell, weights)
+        packed = pack_of(cell, weights)
         number = given.x.itemsize * B * H
         scratch.clear()
         y, _, tape = forward(
@@ -279,7 +282,7 @@ def test_a_light_tape_grows_with_the_root(cell, direction, dtype, scratch, small
         assert sum(scratch) == y.nbytes + tape.nbytes - packed.nbytes
         assert tape.nbytes - packed.nbytes == number * D * states * root
         scratch.clear()
-        backward(tape, weights, y, None, need=("weight_ih", "weight_hh"), **options)
+        backward(tape, weights, y, None, need=("weight_ih", "weight_hh"), **own_options(cell))
         slots = states + len(CELLS[cell].tape_gates)
         assert sum(scratch) == number * (slots * root + (2 + D) * states)
 

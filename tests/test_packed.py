@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import DTYPES, make_weights, past_lengths
+from cases import DTYPES, FUNCTIONS, make_weights, past_lengths
 from tolerances import assert_same_bits
 
 from rnnfast import _kernels, config, stack
@@ -76,7 +76,8 @@ def run(cell, L, D, dtype, threads, packed, p, P=0):
         given = [rows.packed for rows in held]
 
     def pack(kind):
-        return lambda layer: _kernels.pack(cell.number, weights[layer], kind, threads, config.plan)
+        how = kind, threads, config.plan, None, FUNCTIONS[cell.name]
+        return lambda layer: _kernels.pack(cell.number, weights[layer], *how)
 
     dropout = stack.Dropout(p, 3, 0)
     lengths = LENGTHS.astype(np.intp)

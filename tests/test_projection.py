@@ -10,12 +10,16 @@ import pytest
 from cases import (
     DIRECTIONS,
     DTYPES,
+    FUNCTIONS,
     LENGTHS,
     Case,
     Shape,
     make_inputs,
     make_module,
     make_weights,
+    options_of,
+    own_options,
+    pack_of,
     past_lengths,
     poison,
     run_kernel,
@@ -47,7 +51,7 @@ def test_gradients_of_the_reference(cell, reverse, lengths):
     dstate = rng.standard_normal((3, 3)), rng.standard_normal((3, 5))
     *weights, projection = make_weights(cell, 2, 5, rng, P=3)
     x, dy, valid = poison(x, lengths), poison(dy, lengths), ~past_lengths(lengths, 4, 3)
-    how = dict(lengths=lengths, reverse=reverse)
+    how = dict(lengths=lengths, reverse=reverse, functions=FUNCTIONS[cell])
 
     def loss(x, h, c, projection, *weights):
         y, last, _ = reference.forward(cell, x, (h, c), weights, projection=projection, **how)
@@ -155,7 +159,7 @@ def weights_of(cell, dtype="float32"):
 @pytest.mark.parametrize("cell", PROJECTED)
 def test_functions_have_the_modules_bits(cell):
     module = make_module(cell, I, H, proj_size=P, seed=1)
-    options, weights = CELLS[cell].options, tuple(module.params.values())
+    options, weights = options_of(cell)[1], tuple(module.params.values())
     assert module.params["weight_hr_l0"].shape == (P, H)
     assert list(module.params)[-1] == "weight_hr_l0" and module.proj_size == P
     assert f"proj_size={P}" in repr(module)
@@ -164,7 +168,7 @@ def test_functions_have_the_modules_bits(cell):
     assert y.shape == (T, B, P) and [s.shape for s in state] == [(1, B, P), (1, B, H)]
     want_y, want_state, want_tape = module.forward_train(x, lengths=[9, 1, 0, 3])
     assert bits([y, state]) == bits([want_y, want_state])
-    grads = functional.lstm_backward(tape, weights, dy, None, **options)
+    grads = functional.lstm_backward(tape, weights, dy, None, **own_options(cell))
     want = module.backward(want_tape, dy)
     assert bits([grads.x, grads.state]) == bits(want)
     assert bits(grads.weights) == bits(list(module.grads.values()))
@@ -173,10 +177,10 @@ def test_functions_have_the_modules_bits(cell):
         step = functional.lstm_step(x_t, step, weights, **options)
         ys.append(step[0])
     assert bits(np.stack(ys)) == bits(module(x)[0])
-    packs = [functional.pack(cell, weights, kind) for kind in ("forward", "backward")]
+    packs = [pack_of(cell, weights, kind) for kind in ("forward", "backward")]
     y, _, tape = functional.lstm_forward(x, None, packs[0], **options)
     assert bits(y) == bits(module(x)[0])
-    again = functional.lstm_backward(tape, packs[1], dy, None, **options)
+    again = functional.lstm_backward(tape, packs[1], dy, None, **own_options(cell))
     assert len(again.weights) == len(weights)
 
 

@@ -5,18 +5,44 @@ every element v of every input: Im L / h is the derivative, without any cancella
 (Squire and Trapp, "Using complex variables to estimate derivatives of real functions", 1998).
 """
 
+import math
+
 import numpy as np
 import pytest
-from cases import make_weights, past_lengths, poison
+from cases import (
+    BOUNDED,
+    FUNCTIONS,
+    TURNS,
+    UNBOUNDED,
+    draw_functions,
+    make_weights,
+    past_lengths,
+    poison,
+)
 from tolerances import COMPLEX_STEP, relative_error
 
 from rnnfast import reference
-from rnnfast.cells import CELLS
+from rnnfast.cells import ACTIVATIONS, CELLS, PLAIN
 from rnnfast.merges import MERGES
 
 T, B, I, H = 4, 3, 2, 3
 STEP = 1e-30
 RUNS = {"all valid": None, "uneven": [2, 4, 1], "with zero": [0, 3, 4], "all zero": [0, 0, 0]}
+
+
+def with_functions(call):
+    """A function of the reference that is given a general cell's functions, if no others."""
+
+    def called(cell, *args, **how):
+        return call(cell, *args, **{"functions": FUNCTIONS[cell], **how})
+
+    return called
+
+
+forward, backward, stack_forward, stack_backward = map(
+    with_functions,
+    (reference.forward, reference.backward, reference.stack_forward, reference.stack_backward),
+)
 
 
 def make(cell, *, bias=True, lengths=None, seed=0):
@@ -30,9 +56,9 @@ def make(cell, *, bias=True, lengths=None, seed=0):
     return poison(x, lengths), state, weights, poison(dy, lengths), dstate
 
 
-def loss(cell, x, state, weights, dy, dstate, lengths=None, reverse=False):
+def loss(cell, x, state, weights, dy, dstate, lengths=None, **how):
     """The loss whose gradients are asked for."""
-    y, state_n, _ = reference.forward(cell, x, state, weights, lengths=lengths, reverse=reverse)
+    y, state_n, _ = forward(cell, x, state, weights, lengths=lengths, **how)
     valid = ~past_lengths(lengths, *x.shape[:2])
     total = 0.0 if dy is None else (y * np.where(valid[..., None], dy, 0)).sum()
     return total + sum((s * d).sum() for s, d in zip(state_n, dstate or (), strict=False))
@@ -60,16 +86,16 @@ def assert_near(name, got, want, limit=COMPLEX_STEP):
     assert error <= limit, f"{name}: relative error {error:.3g}\ngot {got}\nwant {want}"
 
 
-def check_gradients(cell, *, bias=True, lengths=None, reverse=False, loss_by="both"):
+def check_gradients(cell, *, bias=True, lengths=None, loss_by="both", seed=0, **how):
     """All gradients of one run against the complex step."""
-    x, state, weights, dy, dstate = make(cell, bias=bias, lengths=lengths)
+    x, state, weights, dy, dstate = make(cell, bias=bias, lengths=lengths, seed=seed)
     if loss_by == "y":
         dstate = None
     if loss_by == "state":
         dy = None
-    how = dict(lengths=lengths, reverse=reverse)
-    _, _, tape = reference.forward(cell, x, state, weights, **how)
-    got = reference.backward(cell, x, tape, weights, dy, dstate, **how)
+    how["lengths"] = lengths
+    _, _, tape = forward(cell, x, state, weights, **how)
+    got = backward(cell, x, tape, weights, dy, dstate, **how)
     n = len(state)
 
     def f(x, *rest):
@@ -98,12 +124,23 @@ def test_gradients_without_bias(cell):
     check_gradients(cell, bias=False)
 
 
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if CELLS[cell].general])
+def test_gradients_of_any_functions(cell):
+    """Each activation in each place, with clips and without."""
+    seen = set()
+    for turn in range(TURNS):
+        functions = draw_functions(cell, turn)
+        check_gradients(cell, functions=functions, seed=turn)
+        seen |= set(enumerate(functions.activations))
+    assert len(seen) == len(functions.activations) * len(BOUNDED + UNBOUNDED)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradients_by_central_differences(cell):
     """A second, independent way, so that a function that is not analytic is not its own judge."""
     x, state, weights, dy, dstate = make(cell, seed=1)
-    _, _, tape = reference.forward(cell, x, state, weights)
-    got = reference.backward(cell, x, tape, weights, dy, dstate)
+    _, _, tape = forward(cell, x, state, weights)
+    got = backward(cell, x, tape, weights, dy, dstate)
     arrays = [x, *state, *weights]
     grads = [got["x"], *got["state"], *(got[name] for name in CELLS[cell].parameters())]
     n = len(state)
@@ -125,7 +162,7 @@ def test_gradients_by_central_differences(cell):
 def test_relu_is_off_its_kink():
     """The runs above say something about relu: both of its sides occur, and no z is close to 0."""
     x, state, weights, _, _ = make("rnn_relu")
-    y, _, tape = reference.forward("rnn_relu", x, state, weights)
+    y, _, tape = forward("rnn_relu", x, state, weights)
     W, R, b_ih, b_hh = weights
     z = x @ W.T + b_ih + tape["h"][:-1] @ R.T + b_hh
     assert (z > 0).any() and (z < 0).any() and np.abs(z).min() > 1e-3
@@ -204,6 +241,56 @@ def scalar_rnn(x, h, W, R, b_ih, b_hh, f):
     return (f(W[0, 0] * x + b_ih[0] + R[0, 0] * h + b_hh[0]),)
 
 
+def scalar_activation(activation, z, clip):
+    """ONNX's words for it, on a number."""
+    name, a, b = (activation, 0, 0) if isinstance(activation, str) else (*activation, 0)[:3]
+    z = z if clip is None else max(-clip, min(clip, z))
+    return {
+        "sigmoid": lambda: 1 / (1 + math.exp(-z)),
+        "tanh": lambda: math.tanh(z),
+        "relu": lambda: max(0.0, z),
+        "affine": lambda: a * z + b,
+        "leakyrelu": lambda: z if z >= 0 else a * z,
+        "thresholdedrelu": lambda: z if z >= a else 0.0,
+        "scaledtanh": lambda: a * math.tanh(b * z),
+        "hardsigmoid": lambda: min(max(a * z + b, 0.0), 1.0),
+        "elu": lambda: z if z >= 0 else a * (math.exp(z) - 1),
+        "softsign": lambda: z / (1 + abs(z)),
+        "softplus": lambda: math.log(1 + math.exp(z)),
+    }[name]()
+
+
+def scalar_general(cell, x, s, w, functions):
+    """One step of one row and one unit of any general cell."""
+    W, R, b_ih, b_hh, *P = w
+    activations, clip, cell_clip = functions
+
+    def act(i, z, clip=clip):
+        return float(scalar_activation(activations[i], float(z), clip))
+
+    def z(k, h=s[0]):
+        return W[k, 0] * x + R[k, 0] * h + b_ih[k] + b_hh[k]
+
+    if cell == "rnn_general":
+        return (act(0, z(0)),)
+    if cell == "gru_general":
+        r, u = act(0, z(0)), act(0, z(1))
+        n = act(1, W[2, 0] * x + b_ih[2] + r * (R[2, 0] * s[0] + b_hh[2]))
+        return ((1 - u) * n + u * s[0],)
+    if cell == "gru_reset_before_general":
+        r, u = act(0, z(0)), act(0, z(1))
+        n = act(1, z(2, r * s[0]))
+        return ((1 - u) * n + u * s[0],)
+    p = P[0] if P else [0.0, 0.0, 0.0]
+    c, coupled = s[1], "coupled" in cell
+    i = act(0, z(0) + p[0] * c)
+    f = 1 - i if coupled else act(0, z(1) + p[1] * c)
+    c = f * c + i * act(1, z(1 if coupled else 2))
+    c = c if cell_clip is None else max(-cell_clip, min(cell_clip, c))
+    o = act(0, z(2 if coupled else 3) + p[1 if coupled else 2] * c)
+    return o * act(2, c, None), c
+
+
 SCALAR = {
     "rnn_tanh": lambda x, s, w: scalar_rnn(x, *s, *w, np.tanh),
     "rnn_relu": lambda x, s, w: scalar_rnn(x, *s, *w, lambda z: max(z, 0.0)),
@@ -229,34 +316,99 @@ def test_one_unit_by_hand(cell):
     x = rng.standard_normal((5, 1, 1))
     weights = make_weights(cell, 1, 1, rng, kind="hard")
     state = tuple(rng.standard_normal((1, 1)) for _ in CELLS[cell].states)
-    y, state_n, _ = reference.forward(cell, x, state, weights)
-    now = tuple(float(s[0, 0]) for s in state)
-    for t in range(5):
-        now = SCALAR[cell](x[t, 0, 0], now, weights)
-        assert y[t, 0, 0] == pytest.approx(now[0], rel=1e-14)
-    assert [float(s[0, 0]) for s in state_n] == pytest.approx(list(now), rel=1e-14)
+    for k in range(40 if CELLS[cell].general else 1):
+        functions = draw_functions(cell, k)
+        y, state_n, _ = forward(cell, x, state, weights, functions=functions)
+        now = tuple(float(s[0, 0]) for s in state)
+        for t in range(5):
+            if functions:
+                now = scalar_general(cell, x[t, 0, 0], now, weights, functions)
+            else:
+                now = SCALAR[cell](x[t, 0, 0], now, weights)
+            assert y[t, 0, 0] == pytest.approx(now[0], rel=1e-13, abs=1e-15)
+        assert [float(s[0, 0]) for s in state_n] == pytest.approx(list(now), rel=1e-13, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_the_slope_of_an_activation(name):
+    """By the complex step, on both sides of every kink, and what is clipped has none."""
+    rng = np.random.default_rng(2)
+    z = np.concatenate([rng.uniform(-40, 40, 400), rng.normal(0, 2, 400), [-1e3, 1e3]])
+    for activation in [a for a in (name, *BOUNDED, *UNBOUNDED) if name in (a, a[0])]:
+        for clip in (None, 1.25):
+            moved = reference.activate(activation, z + 1j * STEP, clip)
+            value = reference.activate(activation, z, clip)
+            np.testing.assert_allclose(moved.real, value, rtol=1e-12, atol=1e-15)
+            for one, have in zip(z[:800], value[:800], strict=True):
+                if abs(one) < 30:
+                    want = scalar_activation(_with_parameters(activation), one, clip)
+                    assert have == pytest.approx(want, rel=1e-12, abs=1e-14), (activation, one)
+            slope = reference.slope(activation, z, clip)
+            np.testing.assert_allclose(slope, moved.imag / STEP, rtol=1e-12, atol=1e-15)
+            if clip:
+                assert not slope[np.abs(z) > clip].any()
+
+
+def _with_parameters(activation):
+    usual = ACTIVATIONS[activation] if isinstance(activation, str) else ()
+    return (activation, *usual) if usual else activation
+
+
+def test_activations_at_the_infinities_and_at_a_nan():
+    z = np.array([-np.inf, np.inf, np.nan])
+    with np.errstate(over="raise", divide="raise"):
+        for name in reference.ACTIVATIONS:
+            value, slope = reference.activate(name, z, None), reference.slope(name, z, None)
+            assert np.isnan(value[2]) and not np.isnan(value[:2]).any(), name
+            assert not np.isnan(slope[:2]).any(), name
+            assert not np.isnan(reference.activate(name, z, 2.0)[:2]).any(), name
+            assert not reference.slope(name, z, 2.0)[:2].any(), name
+
+
+def test_general_cells_with_the_plain_functions_are_the_plain_cells():
+    for cell in (cell for cell in CELLS if CELLS[cell].general):
+        kind = CELLS[cell].kind
+        functions = reference.Functions(PLAIN.get(kind, ("tanh",)))
+        plain = "rnn_tanh" if kind == "RNN" else cell.removesuffix("_general")
+        x, state, weights, dy, dstate = make(cell, lengths=RUNS["uneven"])
+        results = []
+        for name, own in ((plain, None), (cell, functions)):
+            how = dict(lengths=RUNS["uneven"], functions=own)
+            y, last, tape = forward(name, x, state, weights, **how)
+            grads = backward(name, x, tape, weights, dy, dstate, **how)
+            results.append([y, *last, *grads.pop("state"), *grads.values()])
+        for got, want in zip(*results, strict=True):
+            assert_near(cell, got, want, 1e-14)
+
+
+def test_functions_belong_to_general_cells():
+    x, state, weights, _, _ = make("lstm")
+    with pytest.raises(ValueError, match="no other takes"):
+        reference.forward("lstm", x, state, weights, functions=FUNCTIONS["lstm_general"])
+    with pytest.raises(ValueError, match="what a general cell needs"):
+        reference.forward("lstm_general", x, state, weights)
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm"])
 def test_two_products_are_one(cell):
     """W x + R h is one product of [W R] with [x h]: the same layer with the states fed as input."""
     x, state, (W, R, b_ih, b_hh), _, _ = make(cell)
-    y, _, tape = reference.forward(cell, x, state, (W, R, b_ih, b_hh))
+    y, _, tape = forward(cell, x, state, (W, R, b_ih, b_hh))
     joined = np.concatenate([x, tape["h"][:-1]], axis=2)
     weights = np.concatenate([W, R], axis=1), np.zeros_like(R), b_ih + b_hh, None
     for t in range(T):  # each from the state before it, so that the h in [x h] is the true one
         before = tuple(tape[name][t] for name in CELLS[cell].states)
-        one, _, _ = reference.forward(cell, joined[t : t + 1], before, weights)
+        one, _, _ = forward(cell, joined[t : t + 1], before, weights)
         assert_near(f"step {t}", one[0], y[t], 1e-14)
 
 
 def test_gru_forms_differ_only_by_the_reset():
     """With r = 1 both forms of the GRU are the same function; with r free they are not."""
     x, state, (W, R, b_ih, b_hh), _, _ = make("gru")
-    free = [reference.forward(cell, x, state, (W, R, b_ih, b_hh))[0] for cell in GRUS]
+    free = [forward(cell, x, state, (W, R, b_ih, b_hh))[0] for cell in GRUS]
     assert relative_error(*free) > 1e-2
     b_ih = np.concatenate([np.full(H, 1000.0), b_ih[H:]])  # sigmoid(1000) is 1 exactly
-    open_ = [reference.forward(cell, x, state, (W, R, b_ih, b_hh))[0] for cell in GRUS]
+    open_ = [forward(cell, x, state, (W, R, b_ih, b_hh))[0] for cell in GRUS]
     assert relative_error(*open_) < 1e-15
 
 
@@ -272,14 +424,14 @@ def test_a_row_with_a_length_is_a_short_sequence(cell, reverse):
     lengths = [2, 0, 4]
     x, state, weights, dy, dstate = make(cell, lengths=lengths)
     how = dict(lengths=lengths, reverse=reverse)
-    y, state_n, tape = reference.forward(cell, x, state, weights, **how)
-    grads = reference.backward(cell, x, tape, weights, dy, dstate, **how)
+    y, state_n, tape = forward(cell, x, state, weights, **how)
+    grads = backward(cell, x, tape, weights, dy, dstate, **how)
     sums = dict.fromkeys(CELLS[cell].parameters(), 0.0)
     for b, n in enumerate(lengths):
         cut = x[:n, b : b + 1], tuple(s[b : b + 1] for s in state), weights
-        y_b, state_b, tape_b = reference.forward(cell, *cut, reverse=reverse)
+        y_b, state_b, tape_b = forward(cell, *cut, reverse=reverse)
         dstate_b = tuple(s[b : b + 1] for s in dstate)
-        grads_b = reference.backward(
+        grads_b = backward(
             cell, cut[0], tape_b, weights, dy[:n, b : b + 1], dstate_b, reverse=reverse
         )
         assert_near("y", y[:n, b], y_b[:, 0], 1e-14)
@@ -300,12 +452,12 @@ def test_a_row_with_a_length_is_a_short_sequence(cell, reverse):
 @pytest.mark.parametrize("cell", CELLS)
 def test_reverse_is_forward_on_the_flipped_sequence(cell):
     x, state, weights, dy, dstate = make(cell)
-    y, state_n, tape = reference.forward(cell, x, state, weights, reverse=True)
-    y_f, state_f, tape_f = reference.forward(cell, x[::-1], state, weights)
+    y, state_n, tape = forward(cell, x, state, weights, reverse=True)
+    y_f, state_f, tape_f = forward(cell, x[::-1], state, weights)
     np.testing.assert_array_equal(y, y_f[::-1])
     np.testing.assert_array_equal(state_n, state_f)
-    grads = reference.backward(cell, x, tape, weights, dy, dstate, reverse=True)
-    grads_f = reference.backward(cell, x[::-1], tape_f, weights, dy[::-1], dstate)
+    grads = backward(cell, x, tape, weights, dy, dstate, reverse=True)
+    grads_f = backward(cell, x[::-1], tape_f, weights, dy[::-1], dstate)
     np.testing.assert_array_equal(grads["x"], grads_f["x"][::-1])
     np.testing.assert_array_equal(grads["weight_hh"], grads_f["weight_hh"])
 
@@ -313,8 +465,8 @@ def test_reverse_is_forward_on_the_flipped_sequence(cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_steps(cell):
     x, state, weights, dy, dstate = make(cell)
-    y, state_n, tape = reference.forward(cell, x[:0], state, weights)
-    grads = reference.backward(cell, x[:0], tape, weights, dy[:0], dstate)
+    y, state_n, tape = forward(cell, x[:0], state, weights)
+    grads = backward(cell, x[:0], tape, weights, dy[:0], dstate)
     assert y.shape == (0, B, H)
     np.testing.assert_array_equal(state_n, state)
     np.testing.assert_array_equal(grads["state"], dstate)
@@ -329,8 +481,8 @@ def test_float32_stays_float32(cell):
     state, weights, dstate = (
         tuple(a.astype(np.float32) for a in group) for group in (state, weights, dstate)
     )
-    y, state_n, tape = reference.forward(cell, x, state, weights, lengths=RUNS["uneven"])
-    grads = reference.backward(cell, x, tape, weights, dy, dstate, lengths=RUNS["uneven"])
+    y, state_n, tape = forward(cell, x, state, weights, lengths=RUNS["uneven"])
+    grads = backward(cell, x, tape, weights, dy, dstate, lengths=RUNS["uneven"])
     arrays = [y, *state_n, *(a for a in tape.values() if a is not None)]
     arrays += [grads["x"], *grads["state"], *(grads[name] for name in CELLS[cell].parameters())]
     assert {a.dtype for a in arrays} == {np.dtype(np.float32)}
@@ -380,11 +532,11 @@ def test_stack_gradients(cell, L, D, merging, lengths, masked):
 
     def f(x, *rest):
         named = dict(zip(params, rest[n:], strict=True))
-        y, state_n, _ = reference.stack_forward(cell, x, rest[:n], named, **how)
+        y, state_n, _ = stack_forward(cell, x, rest[:n], named, **how)
         return (y * dy).sum() + sum((s * d).sum() for s, d in zip(state_n, dstate, strict=True))
 
-    _, _, tapes = reference.stack_forward(cell, x, state, params, **how)
-    got = reference.stack_backward(cell, tapes, params, dy, dstate, **how)
+    _, _, tapes = stack_forward(cell, x, state, params, **how)
+    got = stack_backward(cell, tapes, params, dy, dstate, **how)
     assert set(got) == {"x", "state", *params}
     # One direction of the space at a time would be slow: the derivative along a random vector.
     inputs = {"x": x} | {f"state {i}": s for i, s in enumerate(state)} | params

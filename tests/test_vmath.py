@@ -1,4 +1,4 @@
-"""exp, sigmoid and tanh of csrc/vmath.h, by isa: errors in ulp, special values, symmetry, order.
+"""The functions of csrc/vmath.h, by isa: errors in ulp, special values, symmetry, order.
 
 Knows `_kernels.vmath`, which runs as the kernels do: denormals count as signed zero. The truth is
 NumPy's in the next precision: float64 for float32, long double for float64.
@@ -9,7 +9,7 @@ import pytest
 
 from rnnfast import _kernels
 
-NAMES = ("exp", "sigmoid", "tanh")
+NAMES = ("exp", "sigmoid", "tanh", "expm1", "softplus")
 DTYPES = ("float32", "float64")
 
 # Worst error in ulp of the result. tanh and sigmoid in float32 are the project's promise; the other
@@ -21,6 +21,10 @@ BOUNDS = {
     ("exp", "float64"): 2.0,
     ("sigmoid", "float64"): 2.5,
     ("tanh", "float64"): 3.0,
+    ("expm1", "float32"): 3.0,
+    ("expm1", "float64"): 3.0,
+    ("softplus", "float32"): 3.0,
+    ("softplus", "float64"): 3.0,
 }
 # By how many ulp a result may be less than that of a smaller x. What follows the polynomials
 # of exp, sigmoid and float32's tanh is monotone, roundings included; float64's tanh divides two
@@ -32,6 +36,10 @@ DROPS = {
     ("exp", "float64"): 2,
     ("sigmoid", "float64"): 2,
     ("tanh", "float64"): 4,
+    ("expm1", "float32"): 1,
+    ("expm1", "float64"): 2,
+    ("softplus", "float32"): 2,
+    ("softplus", "float64"): 3,
 }
 
 NEXT = {"float32": np.float64, "float64": np.longdouble}
@@ -54,6 +62,10 @@ def truth(name, x):
             return np.tanh(wide)
         if name == "exp":
             return np.exp(wide)
+        if name == "expm1":
+            return np.expm1(np.where(wide > 0, 0, wide))
+        if name == "softplus":
+            return np.where(wide < 0, 0, wide) + np.log1p(np.exp(-np.abs(wide)))
         # e / (1 + e) with e <= 1 on the left, 1 / (1 + e) on the right.
         e = np.exp(-np.abs(wide))
         return np.where(wide < 0, e, 1) / (1 + e)
@@ -191,6 +203,8 @@ def test_sample(name, dtype, isa, use_isa):
 SPECIAL = {
     "exp": ((0.0, 1), (-0.0, 1), (np.inf, np.inf), (-np.inf, 0.0), (1e-310, 1), (-1e-310, 1)),
     "sigmoid": ((0.0, 0.5), (-0.0, 0.5), (np.inf, 1), (-np.inf, 0.0), (-1e-310, 0.5)),
+    "expm1": ((0.0, 0.0), (-0.0, -0.0), (np.inf, 0.0), (-np.inf, -1), (-100, -1), (1e-310, 0.0)),
+    "softplus": ((np.inf, np.inf), (-np.inf, 0.0), (1000, 1000), (-1000, 0.0)),
     "tanh": ((0.0, 0.0), (-0.0, -0.0), (np.inf, 1), (-np.inf, -1), (100, 1), (-100, -1)),
 }
 

@@ -14,6 +14,10 @@
  * Normalised cells have slots of their own for W x and for R h, which begin at zero: their parts
  * normalise, and add the biases after it. Such a part is given whole rows, for it needs their sums.
  *
+ * A general cell is another one with activations and clips that are arguments of the call. Its tape
+ * keeps pre-activations, before they are clipped, where that one's keeps gates: a gate's value does
+ * not tell its derivative at a kink, or where it has saturated.
+ *
  * Where h is projected (of a cell with one stage), the scan does it: a pointwise part makes m
  * instead of h, and in backward it is given dm for dh, and makes m again. */
 
@@ -43,13 +47,14 @@ typedef struct {
     const T
         *unit_weights; /* in [vector][unit block][W]: what parts read of weights of single units */
     ptrdiff_t unit_weights_row;
-    const T *const *h_prev; /* in */
-    const T *const *c_prev; /* in; may be the same rows as c */
-    T *const *h;            /* out: read by the next step */
-    T *const *y;            /* out: the caller's copy of h */
-    T *const *c;            /* out */
-    T *const *gates;        /* out: tape, or NULL */
-    T *const *m;            /* out of stage 0, operand of stage 1 */
+    const T *const *h_prev;        /* in */
+    const T *const *c_prev;        /* in; may be the same rows as c */
+    T *const *h;                   /* out: read by the next step */
+    T *const *y;                   /* out: the caller's copy of h */
+    T *const *c;                   /* out */
+    T *const *gates;               /* out: tape, or NULL */
+    T *const *m;                   /* out of stage 0, operand of stage 1 */
+    const rf_functions *functions; /* of a general cell */
 } forward_block;
 
 /* The same, backward. */
@@ -66,6 +71,7 @@ typedef struct {
     T *const *dz;       /* out [slot][H], then the terms of gradients of single units' weights */
     T *const *dm;       /* in of stage 0: gradient of m */
     T *const *m;        /* out: m again, for the gradient of its weights; NULL: there is none */
+    const rf_functions *functions; /* as forward */
 } backward_block;
 
 typedef struct {

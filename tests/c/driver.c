@@ -48,6 +48,22 @@ static const struct {
     [RF_LSTM_NORM_CELL] = {"lstm_norm_cell", 4, 8, 1,
                            NORMS(4, [RF_NORM_C] = 1, [RF_NORM_BIAS] = 1)},
     [RF_GRU_NORM] = {"gru_norm", 3, 6, 0, NORMS(3)},
+    [RF_RNN_GENERAL] = {"rnn_general", 1, 1, 0, {0}},
+    [RF_LSTM_GENERAL] = {"lstm_general", 4, 4, 1, {0}},
+    [RF_LSTM_PEEPHOLE_GENERAL] = {"lstm_peephole_general", 4, 4, 1, {[RF_PEEPHOLE] = 3}},
+    [RF_LSTM_COUPLED_GENERAL] = {"lstm_coupled_general", 3, 3, 1, {0}},
+    [RF_LSTM_COUPLED_PEEPHOLE_GENERAL] =
+        {"lstm_coupled_peephole_general", 3, 3, 1, {[RF_PEEPHOLE] = 2}},
+    [RF_GRU_GENERAL] = {"gru_general", 3, 4, 0, {0}},
+    [RF_GRU_RESET_BEFORE_GENERAL] = {"gru_reset_before_general", 3, 3, 0, {0}},
+};
+
+/* Of general cells: without kinks but for the clips, which no number reaches, so that differences
+ * are derivatives. */
+static const rf_functions functions = {
+    {{RF_ACT_SIGMOID, 0, 0}, {RF_ACT_SCALED_TANH, 0.875, 0.75}, {RF_ACT_SOFTPLUS, 0, 0}},
+    8,
+    8,
 };
 
 /* Arrays of a problem, each dense, all directions together. Parameters, in the order of their
@@ -208,6 +224,22 @@ static void result_free(result *r) {
 #define NO_SANITIZE __attribute__((no_sanitize("address", "thread", "undefined")))
 
 NO_SANITIZE static double sigmoid(double z) { return 1 / (1 + exp(-z)); }
+NO_SANITIZE static double softplus(double z) { return log1p(exp(z)); }
+
+/* One of `functions`. */
+NO_SANITIZE static double act(int which, double z) {
+    const double limit = which < 2 ? functions.clip : INFINITY, x = fmin(fmax(z, -limit), limit);
+    const rf_activation *a = &functions.of[which];
+    switch (a->id) {
+    case RF_ACT_SIGMOID:
+        return sigmoid(x);
+    case RF_ACT_SCALED_TANH:
+        return a->alpha * tanh(a->beta * x);
+    case RF_ACT_SOFTPLUS:
+        return softplus(x);
+    }
+    return NAN;
+}
 
 NO_SANITIZE static double dot(const double *a, const double *b, ptrdiff_t n) {
     double sum = 0;
@@ -299,8 +331,11 @@ static void naive_step(const problem *p, int d, const double *x, const double *h
     }
 #define AX(g, u) (dot(W + ((g) * H + (u)) * I, x, I) + b_ih[(g) * H + (u)])
 #define AH(g, u, v) (dot(R + ((g) * H + (u)) * N, v, N) + b_hh[(g) * H + (u)])
-    if (p->shape.cell == RF_GRU_RESET_BEFORE)
-        for (ptrdiff_t u = 0; u < H; u++) m[u] = h0[u] * sigmoid(AX(0, u) + AH(0, u, h0));
+    if (p->shape.cell == RF_GRU_RESET_BEFORE || p->shape.cell == RF_GRU_RESET_BEFORE_GENERAL)
+        for (ptrdiff_t u = 0; u < H; u++) {
+            const double z = AX(0, u) + AH(0, u, h0);
+            m[u] = h0[u] * (p->shape.cell == RF_GRU_RESET_BEFORE ? sigmoid(z) : act(0, z));
+        }
     for (ptrdiff_t u = 0; u < H; u++) {
         double gate[4] = {0};
         switch (p->shape.cell) {
@@ -351,6 +386,34 @@ static void naive_step(const problem *p, int d, const double *x, const double *h
             gate[2] = tanh(AX(2, u) + AH(2, u, m));
             h[u] = (1 - gate[1]) * gate[2] + gate[1] * h0[u];
             break;
+        case RF_RNN_GENERAL:
+            gate[0] = AX(0, u) + AH(0, u, h0);
+            h[u] = act(0, gate[0]);
+            break;
+        case RF_LSTM_GENERAL:
+        case RF_LSTM_PEEPHOLE_GENERAL:
+        case RF_LSTM_COUPLED_GENERAL:
+        case RF_LSTM_COUPLED_PEEPHOLE_GENERAL: {
+            const int n = cells[p->shape.cell].gates, sees = cells[p->shape.cell].peepholes;
+            for (int g = 0; g < n; g++) gate[g] = AX(g, u) + AH(g, u, h0);
+            for (int g = 0; g < sees - 1; g++) gate[g] += P[g * H + u] * c0[u];
+            const double i = act(0, gate[0]), f = n == 3 ? 1 - i : act(0, gate[1]);
+            const double all = f * c0[u] + i * act(1, gate[n - 2]);
+            c[u] = fmin(fmax(all, -functions.cell_clip), functions.cell_clip);
+            if (sees) gate[n - 1] += P[(sees - 1) * H + u] * c[u];
+            h[u] = act(0, gate[n - 1]) * act(2, c[u]);
+            break;
+        }
+        case RF_GRU_GENERAL:
+        case RF_GRU_RESET_BEFORE_GENERAL: {
+            const int after = p->shape.cell == RF_GRU_GENERAL;
+            gate[0] = AX(0, u) + AH(0, u, h0);
+            gate[1] = AX(1, u) + AH(1, u, h0);
+            gate[3] = after ? AH(2, u, h0) : 0;
+            gate[2] = AX(2, u) + (after ? act(0, gate[0]) * gate[3] : AH(2, u, m));
+            h[u] = (1 - act(0, gate[1])) * act(1, gate[2]) + act(0, gate[1]) * h0[u];
+            break;
+        }
         }
         for (int g = 0; g < cells[p->shape.cell].tape_gates; g++) gates[g * H + u] = gate[g];
     }
@@ -946,8 +1009,9 @@ static double spread_of(int cell, int param) {
 }
 
 static problem make_problem(int cell, int walk, const ptrdiff_t size[4], ptrdiff_t P, int lengths) {
-    problem p = {.shape = {cell, walks[walk].directions, size[0], size[1], size[2], size[3], P},
-                 .reverse = walks[walk].reverse};
+    problem p = {
+        .shape = {cell, walks[walk].directions, size[0], size[1], size[2], size[3], P, &functions},
+        .reverse = walks[walk].reverse};
     const rf_shape *s = &p.shape;
     random_state = (uint64_t)++n_problems;
     p.lengths_kind = lengths_names[lengths];
@@ -1196,7 +1260,7 @@ static int poll_count(void *context) {
 
 /* A call of a second or so, of zeros: polled now and then, and ended at the third poll. */
 static void check_poll(void) {
-    const rf_shape s = {RF_LSTM, 1, 6000, 8, 32, 128, 0};
+    const rf_shape s = {RF_LSTM, 1, 6000, 8, 32, 128, 0, NULL};
     const rf_kernels *k = rf_find_kernels(isas[0], RF_F32);
     const size_t states = (size_t)(s.B * s.H), rows = (size_t)(4 * s.H),
                  steps = (size_t)(s.T * s.B);
@@ -1679,11 +1743,11 @@ static void check_sizes(const rf_kernels *k) {
     const ptrdiff_t huge[] = {PTRDIFF_MAX, PTRDIFF_MAX / 2, PTRDIFF_MAX / 4 + 1, PTRDIFF_MAX / 64};
     for (int i = 0; i < 4; i++)
         for (int kind = 0; kind < 2; kind++) {
-            const rf_shape wide = {RF_LSTM, 1, 1, 1, 1, huge[i], 0},
-                           deep = {RF_LSTM, 1, 1, 1, huge[i], 1, 0};
-            const rf_shape narrow = {RF_LSTM, 1, 1, 1, 1, huge[i], huge[i] / 2};
-            const rf_shape many = {RF_LSTM, 1, 1, huge[i], 1, 1, 0},
-                           long_ = {RF_LSTM, 1, huge[i], 1, 1, 1, 0};
+            const rf_shape wide = {RF_LSTM, 1, 1, 1, 1, huge[i], 0, NULL},
+                           deep = {RF_LSTM, 1, 1, 1, huge[i], 1, 0, NULL};
+            const rf_shape narrow = {RF_LSTM, 1, 1, 1, 1, huge[i], huge[i] / 2, NULL};
+            const rf_shape many = {RF_LSTM, 1, 1, huge[i], 1, 1, 0, NULL},
+                           long_ = {RF_LSTM, 1, huge[i], 1, 1, 1, 0, NULL};
             if (k->pack_size(&wide, (rf_pack_kind)kind) != -1 ||
                 k->pack_size(&deep, (rf_pack_kind)kind) != -1 ||
                 k->pack_size(&narrow, (rf_pack_kind)kind) != -1)
@@ -1697,14 +1761,16 @@ static void check_sizes(const rf_kernels *k) {
                 fail(k->isa, "a head's size does not see that it overflows");
             if (workspace(&wide, 2) != -1 || workspace(&deep, 2) != -1 || workspace(&many, 2) != -1)
                 fail(k->isa, "a workspace does not see that a size overflows");
-            const rf_shape shorter = {RF_LSTM, 1, 1000000, 1, 1, 1, 0};
+            const rf_shape shorter = {RF_LSTM, 1, 1000000, 1, 1, 1, 0, NULL};
             if (workspace(&long_, 2) != workspace(&shorter, 2))
                 fail(k->isa, "a workspace grows with the number of steps");
         }
 }
 
+static double expm1_below(double x) { return expm1(fmin(x, 0)); }
+
 static void check_vmath(const rf_kernels *k, int dtype) {
-    double (*const truth[])(double) = {exp, tanh, sigmoid};
+    double (*const truth[])(double) = {exp, tanh, sigmoid, expm1_below, softplus};
     for (int f = 0; f < RF_N_VMATH; f++)
         for (ptrdiff_t n = 0; n < 40; n++) {
             run_buffers run = {.where = k->isa, .element = k->element, .odd = n & 1};
@@ -1727,7 +1793,7 @@ static void check_vmath(const rf_kernels *k, int dtype) {
 
 /* Kept or dropped, scaled; as many as p says; the same mask for each part of a batch by itself. */
 static void check_dropout(const rf_kernels *k) {
-    const problem p = {.shape = {RF_LSTM, 1, 9, 40, 1, 1, 0}};
+    const problem p = {.shape = {RF_LSTM, 1, 9, 40, 1, 1, 0, NULL}};
     const ptrdiff_t T = 9, B = 40, N = 31;
     random_state = 1;
     double *x = random_numbers(T * B * N, 1);
