@@ -723,7 +723,7 @@ def rnn_cell(
         layer_norm = checks.layer_norm(layer_norm, ("gates",), functions)
     if plain:
         return cell_of("RNN", nonlinearity=word, layer_norm=layer_norm), None
-    return cell_of("RNN", True, layer_norm=None), functions
+    return cell_of("RNN", True), functions
 
 
 def gru_cell(
