@@ -224,7 +224,7 @@ _ROWS = {
 def cell_of(kind: str, general: bool = False, **options: Any) -> Cell:
     """The row that a kind of layer and all of its options ask for.
 
-    >>> cell_of("GRU", reset_after=False).name
+    >>> cell_of("GRU", reset_after=False, layer_norm=None).name
     'gru_reset_before'
     """
     return _ROWS[kind, general, frozenset(options.items())]
