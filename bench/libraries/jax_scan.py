@@ -77,6 +77,8 @@ class Jax(Library):
         """The function of a shape; valid [T, B, 1]: which steps are within their row's length."""
         if shape.projection:
             raise NotImplementedError("no projection is written here")
+        if CELLS[shape.cell].norms:
+            raise NotImplementedError("no layer normalisation is written here")
         jax, ahead, step = self.library, *_equations(self.library, shape.cell)
         jnp = jax.numpy
 

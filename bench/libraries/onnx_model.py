@@ -48,6 +48,8 @@ def model(shape: Shape, given: Problem, mode: str) -> bytes:
         raise NotImplementedError("no gradients")
     if shape.projection:
         raise NotImplementedError("no projection")
+    if CELLS[shape.cell].norms:
+        raise NotImplementedError("no layer normalisation")
     if shape.dtype != "float32":
         raise NotImplementedError(f"no recurrent layers in {shape.dtype}")
     steps = 1 if mode == "stream" else shape.T
