@@ -957,6 +957,7 @@ TAKES = {
     "clip": POSITIVE,
     "cell_clip": POSITIVE,
     "nonlinearity": (),
+    "layer_norm": ("None",),
     "dtype": ("float32 of 3",),  # NumPy takes a scalar for its dtype
 }
 OWN = {"nonlinearity": "RNN", "reset_after": "GRU"}
@@ -974,6 +975,7 @@ WORDS = {
     "dropout": (-0.1, 1.01, 2, 1e300),
     "drop_connect": (-0.1, 1.01, 2, 1e300),
     "merge": ("sum", "ave", ""),
+    "layer_norm": ("gate", "cell", ""),
     "forget_bias": (1e39, "nan"),
 }
 
