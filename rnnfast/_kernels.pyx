@@ -1166,6 +1166,7 @@ def closed_loop_backward(
     cdef Py_ssize_t views_at, layers_at, between_at, pack_at, loop_at, workspace_at
     cdef rf_loop_backward_args args
     cdef rf_backward_args *layer
+    cdef rf_backward_args *layers
     cdef rf_shape shape
     cdef Pack pack = packs[0]
     cdef const rf_kernels *kernels = pack.kernels
@@ -1203,10 +1204,10 @@ def closed_loop_backward(
         take(&views, dc_state, PyBUF_WRITABLE, <void **>&dc_0)
         set_run(&args.run, threads, plan)
 
-        args.layers = <rf_backward_args *>memory.at(layers_at)
-        memset(args.layers, 0, n * sizeof(rf_backward_args))
+        args.layers = layers = <rf_backward_args *>memory.at(layers_at)
+        memset(layers, 0, n * sizeof(rf_backward_args))
         for i in range(n):
-            layer = &args.layers[i]
+            layer = &layers[i]
             pack = packs[i]
             layer.shape = pack.shape
             layer.shape.T = layer.step1 = 1
@@ -1225,7 +1226,7 @@ def closed_loop_backward(
             take(&taken[i], h_tape, 0, &layer.tape.h)
             take(&taken[i], c_tape, 0, &layer.tape.c)
         args.h_step, args.c_step = B * N, B * H
-        layer = &args.layers[0]
+        layer = &layers[0]
         take(&views, dx, PyBUF_WRITABLE, &layer.dx.data)
         layer.dx.row = args.head.dx_row = I
         args.dx_step = B * I

@@ -442,8 +442,7 @@ def pack(
     elif named.kind == "GRU":
         row = gru_cell(**named.options, activations=own, clip=clip)
     else:
-        word = named.options.get("nonlinearity", "tanh")
-        row = rnn_cell(word, activations=own, clip=clip)
+        row = rnn_cell(**{"nonlinearity": "tanh", **named.options}, activations=own, clip=clip)
     if named.general and row[1] is None:
         needs = f"activations or clips, or {row[0].name!r}"
         checks.fail(ValueError, "cell", f"{cell!r} without what sets it apart", needs)

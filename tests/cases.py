@@ -630,7 +630,7 @@ def options_of(cell):
     """The kind of a cell, as functions and modules are named, and its options there.
 
     >>> options_of("gru_reset_before")
-    ('gru', {'reset_after': False})
+    ('gru', {'reset_after': False, 'layer_norm': None})
     """
     row, options = CELLS[cell], dict(CELLS[cell].options)
     if row.general:

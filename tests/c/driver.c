@@ -394,7 +394,8 @@ static void naive_step(const problem *p, int d, const double *x, const double *h
         case RF_LSTM_PEEPHOLE_GENERAL:
         case RF_LSTM_COUPLED_GENERAL:
         case RF_LSTM_COUPLED_PEEPHOLE_GENERAL: {
-            const int n = cells[p->shape.cell].gates, sees = cells[p->shape.cell].peepholes;
+            const int n = cells[p->shape.cell].gates,
+                      sees = cells[p->shape.cell].units[RF_PEEPHOLE];
             for (int g = 0; g < n; g++) gate[g] = AX(g, u) + AH(g, u, h0);
             for (int g = 0; g < sees - 1; g++) gate[g] += P[g * H + u] * c0[u];
             const double i = act(0, gate[0]), f = n == 3 ? 1 - i : act(0, gate[1]);
