@@ -1014,7 +1014,7 @@ static problem make_problem(int cell, int walk, const ptrdiff_t size[4], ptrdiff
         .shape = {cell, walks[walk].directions, size[0], size[1], size[2], size[3], P, &functions},
         .reverse = walks[walk].reverse};
     const rf_shape *s = &p.shape;
-    random_state = (uint64_t)++n_problems;
+    random_state = (uint64_t)++n_problems * 1000003; /* draws that no neighbour's are like */
     p.lengths_kind = lengths_names[lengths];
     if (lengths != NO_LENGTHS) {
         p.lengths = must(malloc((size_t)(s->B + 1) * sizeof *p.lengths));
