@@ -31,7 +31,7 @@ from test_api import bits, in_child, random
 
 import rnnfast
 from rnnfast import _kernels, functional
-from rnnfast.cells import CELLS
+from rnnfast.cells import CELLS, PARAMETERS
 
 # T, B, I, H: panels of 128, 16, 3 and 1 steps in a sum over time, so that slices come out as one of
 # these or as a few.
@@ -119,8 +119,8 @@ def test_same_bits(cell, direction, dtype, isa, use_isa, choose, small_slices):
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_asked_for_alone(cell, direction, need, small_slices):
     case = Case(cell, SHAPES[2], direction, lengths="with zero", loss="y", initial=False)
-    if need in ("weight_peephole", "weight_hr") and need not in case.parameters:
-        with pytest.raises(ValueError, match=r"^need: got 'weight_"):
+    if need in PARAMETERS and need not in case.parameters:
+        with pytest.raises(ValueError, match=r"^need: got '(weight|bias)_"):
             run(case, "full", need)
         return
     want, _, _ = run(case, "full", need)
