@@ -1,5 +1,5 @@
-"""What happens between the steps of a shape's layer, as rnnfast's modules and as the reference take
-it, so that its cost can be timed beside the plain layer's.
+"""What a shape's layer does beside the plain one, as rnnfast's modules and the reference take it, so
+that its cost can be timed beside the plain layer's.
 
 Knows names and numbers; of the library, where its masks come from.
 """
@@ -13,6 +13,8 @@ import numpy as np
 
 from .. import reference
 from ..calls import RECURRENT, ZONEOUT_C, ZONEOUT_H, Clamp
+from ..cells import CELLS
+from ..drop_connect import KEYS
 
 if TYPE_CHECKING:
     from .shapes import Shape
@@ -33,6 +35,8 @@ class Happening:
     between: reference.Between | None = None
     expected: reference.Between | None = None
     mask: np.ndarray | None = None
+    functions: reference.Functions | None = None  # of the cell's general one
+    keep_R: np.ndarray | None = None  # in training: R is multiplied by it, and so is its gradient
 
 
 def _kept(shape: Shape, purpose: int, numbers: int, steps: int | None = None) -> np.ndarray:
@@ -86,6 +90,25 @@ def _clip(shape: Shape) -> Happening:
     return Happening(backward={"clip": limit}, between=reference.Between(clip=limit))
 
 
+def _drop_connect(shape: Shape) -> Happening:
+    rows = len(CELLS[shape.cell].gates) * shape.H
+    keep = reference.dropout_mask(SEED, 0, KEYS, 1, rows, shape.output, P)[0] / (1 - P)
+    return Happening({"drop_connect": P, "seed": SEED}, keep_R=keep)
+
+
+def _activations(shape: Shape) -> Happening:
+    """For an LSTM: cheap ones, and one that is not."""
+    own = "hardsigmoid", "softsign", "softplus"
+    functions = reference.Functions((("hardsigmoid", 0.2, 0.5), "softsign", "softplus"))
+    return Happening({"activations": own}, functions=functions)
+
+
+def _gate_clip(shape: Shape) -> Happening:
+    """For an LSTM: what its gates are made of is clipped, and c."""
+    functions = reference.Functions(("sigmoid", "tanh", "tanh"), 0.5, 0.5)
+    return Happening({"clip": 0.5, "cell_clip": 0.5}, functions=functions)
+
+
 HAPPENINGS = {
     "zoneout": _zoneout,
     "recurrentdropout": _recurrent_dropout,
@@ -94,6 +117,9 @@ HAPPENINGS = {
     "mask": _mask,
     "allstates": _all_states,
     "clip": _clip,
+    "dropconnect": _drop_connect,
+    "activations": _activations,
+    "gateclip": _gate_clip,
 }
 
 

@@ -90,10 +90,18 @@ def expected(shape: Shape, mode: str, seed: int = SEED) -> Results:
     if between is not None and mode != "training":  # masks are drawn in training alone
         between = happens.expected or between
     how = dict(lengths=given.lengths, mask=happens.mask, between=between)
-    y, state_n, tapes = reference.stack_forward(shape.cell, exact(given.x), state, weights, **how)
+    cell = shape.cell
+    if happens.functions is not None:
+        cell, how["functions"] = f"{cell}_general", happens.functions
+    drops = mode == "training" and happens.keep_R is not None
+    if drops:
+        weights["weight_hh_l0"] = weights["weight_hh_l0"] * happens.keep_R
+    y, state_n, tapes = reference.stack_forward(cell, exact(given.x), state, weights, **how)
     if mode != "training":
         return named(y, state_n)
-    grads = reference.stack_backward(shape.cell, tapes, weights, exact(given.dy), None, **how)
+    grads = reference.stack_backward(cell, tapes, weights, exact(given.dy), None, **how)
+    if drops:
+        grads["weight_hh_l0"] = grads["weight_hh_l0"] * happens.keep_R
     return named(y, state_n, grads.pop("x"), grads.pop("state"), grads)
 
 

@@ -52,9 +52,11 @@ class DropConnect(NamedTuple):
 
     def mask(self, layer: int, directions: int, direction: int, shape: tuple) -> np.ndarray:
         """Which numbers of one R are kept: bool of its shape."""
-        kept = np.ones(shape, np.float32)
-        self._apply(layer, directions, direction, kept, kept)
-        return kept != 0
+        kept, key = np.empty(shape, bool), KEYS + layer * directions + direction
+        _kernels.dropout_mask(
+            kept[None], False, self.p, self.seed, self.call, key, config.threads, config.plan
+        )
+        return kept
 
     def _apply(
         self, layer: int, directions: int, direction: int, values: np.ndarray, out: np.ndarray
