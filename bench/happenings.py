@@ -1,7 +1,7 @@
-"""What a shape's layer does beside the plain one, as rnnfast's modules and the reference take it, so
-that its cost can be timed beside the plain layer's.
+"""What a shape's layer does beside the plain one, as rnnfast's modules and the reference take it.
 
-Knows names and numbers; of the library, where its masks come from.
+So its cost can be timed beside the plain layer's. Knows names and numbers; of the library, where
+its masks come from.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def test_wrong_results_are_not_timed(mode):
 PACKAGES = {"numpy": "numpy", "torch": "torch", "onnxruntime": "onnxruntime"}
 PACKAGES |= {"openvino": "openvino", "jax": "jax", "tensorflow": "tensorflow"}
 CANNOT = {
-    "torch": r"gru_reset_before|peephole|coupled|norm",
+    "torch": r"gru_reset_before|peephole|coupled|gru_norm|rnn_\w+_norm|norm\S*-(uneven|l2)",
     "tensorflow": r"peephole|coupled|norm",
     "onnxruntime": r"training|float64|norm",
     "openvino": r"training|float64|peephole|coupled|norm",

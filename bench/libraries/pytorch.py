@@ -1,11 +1,12 @@
 """PyTorch: its layers as they are, and compiled; models with its layers, or with the drop-in.
 
 Knows torch.nn and rnnfast.torch. Uneven lengths go by way of a PackedSequence, padded again at the
-end.
+end. Where torch.nn has no such layer, an LSTM with layer normalisation is a loop over steps.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..models import PADDING, Text
@@ -20,8 +21,41 @@ LAYERS = {
     "lstm": ("LSTM", {}),
     "gru": ("GRU", {}),
 }
+NORMALISED = "lstm_norm", "lstm_norm_cell"
 # Training is compiled one step after the other: some two seconds for each step of each layer.
 COMPILED_STEPS = 16
+
+
+def _normalised(torch: Any, shape: Shape) -> Any:
+    """An LSTM with layer normalisation, as PyTorch's users write one: what comes from x is made for
+    all steps at once, the rest step by step.
+    """
+    norm = torch.nn.functional.layer_norm
+
+    class Normalised(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            dtype = getattr(torch, shape.dtype)
+            for name, sizes in shape.parameters.items():
+                setattr(self, name, torch.nn.Parameter(torch.empty(sizes, dtype=dtype)))
+
+        def forward(self, x: Any, state: tuple) -> tuple:
+            (h,), (c,) = state
+            W_x, R, ys = x @ self.weight_ih_l0.T, self.weight_hh_l0.T, []
+            size, H = W_x.shape[-1:], h.shape[-1:]
+            g_hh, b_hh = self.weight_norm_hh_l0, self.bias_hh_l0
+            g_c, b_c = self.weight_norm_c_l0, self.bias_norm_c_l0
+            for z_x in norm(W_x, size, self.weight_norm_ih_l0, self.bias_ih_l0).unbind():
+                i, f, g, o = (z_x + norm(h @ R, size, g_hh, b_hh)).chunk(4, -1)
+                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                out = norm(c, H, g_c, b_c)
+                if shape.cell == "lstm_norm_cell":
+                    c = out
+                h = torch.sigmoid(o) * torch.tanh(out)
+                ys.append(h)
+            return torch.stack(ys), (h[None], c[None])
+
+    return Normalised()
 
 
 class PyTorch(Library):
@@ -54,7 +88,10 @@ class PyTorch(Library):
         """What is called, of a layer."""
         return module
 
-    def _layer(self, shape: Shape, **others: Any) -> Any:
+    def _layer(self, shape: Shape, batch_first: bool) -> Any:
+        plain = replace(shape, layers=1, directions=1, uneven=False, projection=0)
+        if shape.cell in NORMALISED and shape == plain and not batch_first:
+            return _normalised(self.library, shape)
         if shape.cell not in LAYERS:
             raise NotImplementedError(f"no {shape.cell}")
         kind, arguments = LAYERS[shape.cell]
@@ -62,7 +99,7 @@ class PyTorch(Library):
             arguments = {**arguments, "proj_size": shape.projection}
         return getattr(self.layers, kind)(
             shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2,
-            dtype=getattr(self.library, shape.dtype), **arguments, **others,
+            dtype=getattr(self.library, shape.dtype), batch_first=batch_first, **arguments,
         )  # fmt: skip
 
     def prepare(self, shape: Shape, mode: str, given: Problem | Text) -> Prepared:
