@@ -21,7 +21,17 @@ import tolerances
 
 import rnnfast.bench
 from rnnfast import cli
-from rnnfast.bench import compare, figures, measure, models, overhead, report, suite, worker
+from rnnfast.bench import (
+    closed_loop,
+    compare,
+    figures,
+    measure,
+    models,
+    overhead,
+    report,
+    suite,
+    worker,
+)
 from rnnfast.bench.libraries import BANDWIDTH, DROP_IN, OURS, PEAK, PEERS, library, machine, pytorch
 from rnnfast.bench.shapes import CELLS, MODEL_MODES, MODES, SUITES, problem, shape_of
 
@@ -814,3 +824,8 @@ def test_overhead_from_end_to_end(tmp_path, capfd):
     )
     table = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 1 + len(found["imports"]) + len(found["calls"])
+
+
+def test_closed_loop_from_end_to_end(capfd):
+    assert closed_loop.main(["--steps", "4", "--rounds", "2"]) == 0
+    assert "| rnnfast |" in capfd.readouterr().out
