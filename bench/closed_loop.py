@@ -1,8 +1,8 @@
 """A forecast of many steps, each made of the one before, beside PyTorch's loops that do the same.
 
 Knows the public API and, where it is installed, PyTorch: nn.LSTM and nn.LSTMCell, each with a
-linear head, under inference_mode. Results are checked against `rnnfast.reference` before anything is
-timed. One process, one thread by default: with one row PyTorch does not share a step out. Run as
+linear head, under inference_mode. Results are checked against `rnnfast.reference` first, before
+anything is timed. One process, one thread by default: PyTorch does not share out one row. Run as
 `python -m rnnfast.bench.closed_loop`.
 """
 
