@@ -157,7 +157,7 @@ typedef struct {
 typedef struct {
     rf_seq where;  /* in  bytes, of the shape of all steps' states; data NULL: nowhere */
     rf_seq value;  /* in  likewise, numbers; or data NULL */
-    rf_seq dvalue; /* out of backward, gradient by the values, where there are such; or data NULL */
+    rf_seq dvalue; /* out of backward, gradient by the values, 0 where they do not count; or NULL */
 } rf_setting;
 
 /* What happens to the states between two steps beside the cell's equations. Sequences are by time,

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import _kernels, checks, config
 from .between import Between, Received
-from .functional import Tape, receive
+from .functional import Tape, new_array, receive
 
 # What a mask is for, beside the layer, in the generator's key: see `reference.dropout_mask`.
 RECURRENT, ZONEOUT_H, ZONEOUT_C = (number << 32 for number in (2, 3, 4))
@@ -187,7 +187,7 @@ def add_clamp(
     rows = layout.by_time(np.broadcast_to(values, shape))
     rows = rows[tuple(slice(1) if stride == 0 else slice(None) for stride in rows.strides[:2])]
     if units is not None:
-        some, rows = rows, np.zeros((*rows.shape[:2], N), dtype)
+        some, rows = rows, new_array((*rows.shape[:2], N), dtype)  # read at the units alone
         rows[..., units] = some
     if clamp.where is not None:
         shape = layout.shape(N)

@@ -162,7 +162,8 @@ def run_forward(
     longest = -1
     if tape.steps:
         longest = _longest(lengths, *x.shape[:2])
-        times = _clear_rest(y, longest, times)
+        _clear_rest(y, longest, times)
+        times = _first_times(times, longest)
     tape.isa, tape.functions = packed.isa, packed.functions
     tape.plan, tape.threads = ran = _kernels.forward(
         packed, x, y, h_0, c_0, h_n, c_n, lengths, tape.gates, tape.h, tape.c,
@@ -171,14 +172,20 @@ def run_forward(
     return ran
 
 
-def _clear_rest(sequence: Sequence | None, longest: int, times: np.ndarray | None) -> Any:
-    """Zeros where the kernels, told that rows have at most so many steps, put none: slices of light
-    tapes are cut from the end of the longest row. Returns the times of so many steps of each.
+# Slices of light tapes are cut from the end of the longest row: kernels know of no step past it.
+
+
+def _clear_rest(sequence: Sequence | None, longest: int, times: np.ndarray | None) -> None:
+    """Zeros where kernels that know of so many steps of each row put none.
 
     With holes, a row's steps may lie anywhere; packed rows have nothing past their ends.
     """
     if sequence is not None and type(sequence) is not _kernels.Packed:
         sequence[longest if times is None else 0 :] = 0
+
+
+def _first_times(times: np.ndarray | None, longest: int) -> np.ndarray | None:
+    """The times of so many steps of each row."""
     return None if times is None else np.ascontiguousarray(times[:, :longest])
 
 
@@ -252,7 +259,8 @@ def run_backward(
         _, D, _, N = h.shape
         H = N if c is None else c.shape[3]
         longest = _longest(tape.lengths, T, B)
-        times = _clear_rest(dx, longest, times)
+        _clear_rest(dx, longest, times)
+        times = _first_times(times, longest)
         # Scratch: the tape of one slice, its last states, and what slices carry to those before.
         steps, tape_gates = min(tape.steps, longest), len(CELLS[tape.cell].tape_gates)
         new = partial(new_array, dtype=x.dtype)
@@ -636,15 +644,16 @@ def receive(
     tape: Tape, D: int, clip: float = 0.0, clip_norm: float = 0.0,
     norms: np.ndarray | None = None, dc_steps: np.ndarray | None = None,
 ) -> Received:  # fmt: skip
-    """What a backward call through a tape takes and gives beside its other gradients, with zeros
-    for the gradients by what was set between steps.
+    """What a backward call through a tape takes and gives beside its other gradients, with room for
+    the gradients by what was set between steps: zeros at steps that there are not.
     """
     T, B, _ = tape.x.shape
     dtype, between = tape.x.dtype, tape.between or Between()
+    new = new_array if tape.lengths is None else np.zeros
 
     def room(settings: tuple, numbers: int) -> tuple:
         shape = T, B, D * numbers
-        return tuple(None if value is None else np.zeros(shape, dtype) for _, value in settings)
+        return tuple(None if value is None else new(shape, dtype) for _, value in settings)
 
     h = room(between.h, tape.h.shape[-1])
     c = () if tape.c is None else room(between.c, tape.c.shape[-1])

@@ -585,8 +585,8 @@ def run_kernel(
     if given.between is not None:
         happens = given.between
         received = Received(
-            tuple(None if value is None else np.zeros_like(value) for _, value in happens.h),
-            tuple(None if value is None else np.zeros_like(value) for _, value in happens.c),
+            tuple(None if value is None else new(*value.shape) for _, value in happens.h),
+            tuple(None if value is None else new(*value.shape) for _, value in happens.c),
             given.dc_steps, happens.clip, happens.clip_norm, np.zeros((T, B, D), case.dtype),
         )  # fmt: skip
         grads["dnorms"] = received.norms

@@ -52,7 +52,7 @@ def check(case, got, context=""):
             continue
         if name in ("y", "dx"):
             assert not array[missing].any(), f"{name} is not zero at a missing step; {case}"
-        if name == "c_steps":
+        if name == "c_steps" or "_values" in name:  # nothing is written there
             assert np.isnan(array[missing]).all()
             array = np.where(missing[:, :, None], 0, array)
         what = "gradient" if name.startswith("d") or "[" in name else "forward"
