@@ -18,9 +18,10 @@ from .calls import Clamp, Extra, States
 from .checkpoints import load_torch
 from .config import get_num_threads, isa, set_num_threads, show_config
 from .files import load
-from .modules import GRU, LSTM, RNN, Stream
+from .modules import GRU, LSTM, RNN
 from .single import GRUCell, LSTMCell, RNNCell
 from .storage import DamagedFileError
+from .streams import Stream
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """What happens to a layer's states between two steps, beside the cell's equations.
 
 Knows arrays and their shapes; nothing of layers, cells or kernels. `_kernels` reads these classes'
-attributes, `functional` checks arrays into them by `fit`, and `modules` makes masks for them.
+attributes, `checks.between` judges arrays, and `calls` makes masks for modules.
 
 T steps, B batch, D directions, H hidden size, N numbers of h, as everywhere.
 """

@@ -1,7 +1,7 @@
 """Every check of an argument and every error message.
 
 Knows NumPy, shapes, what happens between steps, and words; nothing of kernels. Leaves allocation
-and arithmetic to `functional` and `modules`, which trust what has passed here. What passes has
+and arithmetic to `functional` and `recurrent`, which trust what has passed here. What passes has
 memory layout as the kernels want it: a copy is made where an argument's own layout is of no use to
 them, and only there.
 

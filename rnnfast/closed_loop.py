@@ -1,8 +1,8 @@
 """The closed loop: what a stack's head makes of its last h is the stack's own next input.
 
 Knows heads, tokens and the compiled layer's loop; each question about an argument it passes to
-`checks`. Whose weights and states they are, modules and streams know. The equations stand in
-`reference.closed_loop`.
+`checks`. Whose weights and states they are, `recurrent`, which has `ClosedLoop`'s methods, and
+streams know. The equations stand in `reference.closed_loop`.
 
 T steps, B batch, I input size, N numbers of h, O numbers of a head's output, V = O tokens.
 """
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import _kernels, checks, config
-from .functional import _is, as_steps, new_array, new_sequence
+from . import _kernels, checks, config, functional, stack
+from .functional import BACKWARD, FORWARD, _is, as_steps, new_array, new_sequence
+from .tapes import StackTape
 
 if TYPE_CHECKING:
     from .functional import Tape
-    from .modules import StackTape
 
 CHOICES = _kernels.CHOICES  # "value", "argmax", "sample"
 
@@ -55,9 +55,7 @@ class Loop:
         if choice == "value":
             for name, given in (("table", table is not None), ("logits", logits)):
                 if given:
-                    needs = f'it left out: with choice="value" there are no {name}'.replace(
-                        "tables", "tokens"
-                    )
+                    needs = 'it left out: with choice="value" there are no tokens'
                     checks.fail(ValueError, name, "one" if name == "table" else "True", needs)
             self._values(first, covariates, teacher, I, rows)
         else:
@@ -316,3 +314,174 @@ def head_gradients(d_outputs: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np
     d_outputs, h = (a.reshape(rows, a.shape[2]) for a in (d_outputs, h))
     with np.errstate(all="ignore"):  # NaN and inf are results
         return d_outputs.T @ h, d_outputs.sum(axis=0)
+
+
+class ClosedLoop:
+    """The methods of a stack that runs on its own output; `Recurrent` has them."""
+
+    def generate(
+        self, first: Any, steps: int, head: Any, choice: str = "value", state: Any = None, *,
+        table: Any = None, covariates: Any = None, temperature: float | None = None,
+        seed: int | None = None, logits: bool = False, step0: int = 0, row0: int = 0,
+    ) -> tuple:  # fmt: skip
+        """Runs on its own output: at each step a head makes o of the last layer's h, and o, or a
+        token chosen by it, is the next input.
+
+        head: (weight [O, N], bias [O] or None), as of torch.nn.Linear; o = weight h + bias, N
+        numbers of h. state: as of a call, the one after a warm-up or a prompt. `choice`:
+
+        - "value", a forecast: the next input is o. first [B, O] stands for the o before. Where an
+          input has more than O numbers, the others are `covariates` [T, B, I - O], of each step.
+          Returns values [T, B, O]
+        - "argmax": o are logits of V = O tokens, and the next input is that of the greatest, the
+          first of equals: its row of `table` [V, I], or one-hot without a table, if I = V.
+          first: B tokens. Returns tokens [T, B], intp
+        - "sample": likewise, of a token drawn from softmax(o / temperature), 1 if not given. What
+          is drawn is a function of seed, step and row: the same for any number of threads. step0,
+          row0: numbers of the first ones, so that later calls draw as one call would
+
+        Sequences have the module's layout; with `first` [O], or one integer, all come without B.
+        A bias of -inf keeps a token from being chosen. Returns (values or tokens, state), with
+        `logits` (tokens, state, logits [T, B, V]). Raises as a call does, and ValueError where
+        logits are NaN, or, drawn from, +inf.
+
+        >>> from rnnfast import GRU
+        >>> gru = GRU(3, 8, seed=0)
+        >>> head = np.ones((3, 8), np.float32), np.zeros(3, np.float32)
+        >>> values, h_n = gru.generate(np.ones((2, 3), np.float32), 10, head)
+        >>> tokens, _ = gru.generate([0, 2], 10, head, "sample", h_n, seed=1)
+        >>> values.shape, tokens.shape
+        ((10, 2, 3), (10, 2))
+        """
+        loop = self._loop(
+            first, steps, head, choice, table, covariates, None, temperature, seed, logits, step0,
+            row0,
+        )  # fmt: skip
+        h, c = self._loop_states(checks.STATE, state, loop)
+        packs = tuple(self._kept(FORWARD) or self._pack_all(FORWARD))
+        loop.run(packs, h, c, self._regular.zoneout if self._regular else (0.0, 0.0))
+        state_n = self._loop_state(h, c, loop.unbatched)
+        if logits:
+            tokens, numbers = loop.result
+            return tokens, state_n, numbers
+        return loop.result, state_n
+
+    def forecast_train(
+        self, first: Any, steps: int, head: Any, state: Any = None, *, covariates: Any = None,
+        teacher: Any = None,
+    ) -> tuple[np.ndarray, Any, ForecastTape]:  # fmt: skip
+        """A forecast, `generate` with choice "value", with a tape for `backward_forecast`.
+
+        For training on own predictions. teacher, for scheduled sampling: (inputs [T, B, O], mask
+        [T, B] bool); where the mask is true the input is the given one instead of o. Tokens have no
+        gradient, and so no such call. The module must not drop anything, nor have zoneout. Change
+        neither head nor parameters before `backward_forecast`.
+
+        >>> from rnnfast import GRU
+        >>> gru = GRU(1, 8, seed=0)
+        >>> head = np.ones((1, 8), np.float32), None
+        >>> values, h_n, tape = gru.forecast_train(np.ones((2, 1), np.float32), 10, head)
+        >>> gradients = gru.backward_forecast(tape, np.ones_like(values))
+        >>> gradients.first.shape, gradients.weight.shape, bool(gru.flat_grads.any())
+        ((2, 1), (1, 8), True)
+        """
+        cell, (_, H, P, L, _) = self._cell, self._sizes
+        for name in ("dropout", "recurrent_dropout", "zoneout", "drop_connect"):
+            p = self._arguments[name]
+            if np.any(p) and (name != "dropout" or L > 1):
+                needs = f"a module without {name}: each of its steps would need its own masks"
+                checks.fail(ValueError, "forecast_train", f"{name}={p}", needs)
+        loop = self._loop(first, steps, head, "value", None, covariates, teacher)
+        T, B = loop.steps, loop.rows
+        numbers = L * (functional.tape_numbers(cell, T, B, H, 1, "full") + T * B * (P or H))
+        checks.room("steps", numbers, self._dtype.itemsize)
+        h, c = self._loop_states(checks.STATE, state, loop)
+        tapes = stack.new_tapes(cell, loop.x[:T], H, P, L, 1, None)
+        packs = tuple(self._kept(FORWARD) or self._pack_all(FORWARD))
+        if T == 0:  # no step writes the states before it
+            for layer, tape in enumerate(tapes):
+                tape.h[0, 0] = h[layer]
+                if c is not None:
+                    tape.c[0, 0] = c[layer]
+        ran = loop.run(packs, h, c, tapes=tapes)
+        for tape, packed in zip(tapes, packs, strict=True):
+            tape.plan, tape.threads = ran
+            tape.isa, tape.functions = packed.isa, packed.functions
+        learned = state is None and self._initial is not None
+        kept = StackTape(tuple(tapes), self._token, learned=learned)
+        return loop.result, self._loop_state(h, c, loop.unbatched), ForecastTape(kept, loop)
+
+    def backward_forecast(
+        self, tape: ForecastTape, dvalues: Any = None, dstate: Any = None, *,
+        accumulate: bool = True,
+    ) -> ForecastGradients:  # fmt: skip
+        """Backward through a forecast: each o acts on the loss as a value, and as the next input.
+
+        dvalues: gradient of the loss by the values, shaped as they were; dstate: by the last
+        states; each may be None for zeros. Adds the parameters' gradients to `grads`, or replaces
+        them, as `backward` does; returns the others, see `ForecastGradients`. The head's are the
+        caller's to add.
+        """
+        if type(tape) is not ForecastTape:
+            needs = "what forecast_train returned as its tape"
+            checks.fail(TypeError, "tape", checks.describe(tape), needs)
+        accumulate = checks.boolean("accumulate", accumulate)
+        stacked = getattr(tape, "stack", None)
+        layers, _ = self._own_tapes(stacked)
+        dtype, (I, H, P, L, _) = self._dtype, self._sizes
+        N = P or H
+        x = layers[0].x
+        T, B, _ = x.shape
+        weight, own, batch_first, unbatched = tape.checked(dtype, x, N)
+        O = weight.shape[0]
+        if dvalues is not None:
+            sizes = (T, B, O)
+            dvalues = checks.gradient("dvalues", dvalues, dtype, sizes, batch_first, unbatched)
+        dh_n = dc_n = None
+        if dstate is not None:
+            sizes = (L, B, H)
+            dh_n, dc_n = checks.states(
+                checks.DSTATE, dstate, self._pair, dtype, sizes, unbatched, P
+            )
+        checks.room("tape", T * B * (I + N + 2 * O), dtype.itemsize)
+        dh = np.zeros((L, B, N), dtype) if dh_n is None else dh_n.copy()
+        dc = None
+        if self._pair:
+            dc = np.zeros((L, B, H), dtype) if dc_n is None else dc_n.copy()
+        packs = self._kept(BACKWARD) or self._pack_all(BACKWARD)
+        dx, dy, d_outputs = walk_back(packs, layers, weight, own, dvalues, dh, dc)
+        # What reaches each h is known now, so that the rest is an ordinary backward's.
+        last = dh_n if dc_n is None else (dh_n, dc_n)
+        self.backward(stacked, dy, last, need_dx=False, accumulate=accumulate)
+        first, covariates = input_gradients(dx, own, O, batch_first, unbatched)
+        of_head = head_gradients(d_outputs, layers[-1].h[0, 1:])
+        state = self._loop_state(dh, dc, unbatched)
+        return ForecastGradients(first, covariates, state, *of_head)
+
+    def _loop(self, *arguments: Any) -> Loop:
+        """A closed loop over this module, its arguments checked."""
+        I, H, P, _, D = self._sizes
+        if D == 2:
+            needs = "one direction: the other one starts at the sequence's end"
+            checks.fail(ValueError, "closed loop", "a bidirectional module", needs)
+        return Loop((I, P or H), self._dtype, None, self._batch_first, *arguments)
+
+    def _loop_states(self, names: tuple[str, str], state: Any, loop: Loop) -> tuple:
+        """States of the library's own, which the loop may write: h [L, B, N], and c or None."""
+        _, H, P, L, _ = self._sizes
+        B, pair, dtype = loop.rows, self._pair, self._dtype
+        checks.room("first", 2 * L * B * H, dtype.itemsize)
+        if state is None and self._initial is not None:
+            return (*(np.repeat(one, B, axis=1) for one in self._initial), None)[:2]
+        if state is None:
+            h = np.zeros((L, B, P or H), dtype)
+            return h, np.zeros((L, B, H), dtype) if pair else None
+        h, c = checks.states(names, state, pair, dtype, (L, B, H), loop.unbatched, P)
+        return h.copy(), None if c is None else c.copy()
+
+    @staticmethod
+    def _loop_state(h: np.ndarray, c: np.ndarray | None, unbatched: bool) -> Any:
+        """States as a caller sees them."""
+        if unbatched:
+            h, c = h[:, 0], None if c is None else c[:, 0]
+        return h if c is None else (h, c)

@@ -4,8 +4,8 @@ Merity, Keskar and Socher, "Regularizing and optimizing LSTM language models", a
 mask of each layer and direction for all steps and rows of a call, from the generator that dropout
 between layers takes, under keys of its own.
 
-Knows weights and gradients as `modules` keeps them, by the names of PARAMETERS, and that generator;
-nothing of when they are packed.
+Knows weights and gradients as `recurrent` keeps them, by the names of PARAMETERS, and that
+generator; nothing of when they are packed.
 
 G gates, H hidden size, N numbers of h, as everywhere.
 """

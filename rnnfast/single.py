@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import checks, storage
-from .modules import GRU, LSTM, RNN, Recurrent
+from .modules import GRU, LSTM, RNN
 from .parameters import Arrays
+from .recurrent import Recurrent
 from .tapes import StackTape
 
 # What a layer has, and a single step of one layer has no use for; as a cell's layer has it.

@@ -16,7 +16,7 @@ from .closed_loop import Loop
 from .functional import FORWARD
 
 if TYPE_CHECKING:
-    from .modules import Recurrent
+    from .recurrent import Recurrent
 
 
 class Stream:

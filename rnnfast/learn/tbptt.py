@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import checks
 from ..functional import as_steps
-from ..modules import Recurrent
+from ..recurrent import Recurrent
 from ..tapes import StackTape
 
 
