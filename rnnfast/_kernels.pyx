@@ -2,7 +2,7 @@
 """The compiled layer: arrays -> pointers -> struct -> nogil call; no maths, no checks.
 
 Knows the buffer protocol, and csrc/kernels.h as _kernels.pxd mirrors it. Trusts its arguments:
-`checks` and `functional` have looked at them. Signatures and shapes stand in _kernels.pyi.
+`checks` and `layer` have looked at them. Signatures and shapes stand in _kernels.pyi.
 """
 
 from libc.math cimport INFINITY

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import _kernels, checks, config
 from .between import Between, Received
-from .functional import Tape, new_array, receive
+from .layer import Tape, new_array, receive
 
 # What a mask is for, beside the layer, in the generator's key: see `reference.dropout_mask`.
 RECURRENT, ZONEOUT_H, ZONEOUT_C = (number << 32 for number in (2, 3, 4))

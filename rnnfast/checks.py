@@ -1,9 +1,9 @@
 """Every check of an argument and every error message.
 
 Knows NumPy, shapes, what happens between steps, and words; nothing of kernels. Leaves allocation
-and arithmetic to `functional` and `recurrent`, which trust what has passed here. What passes has
-memory layout as the kernels want it: a copy is made where an argument's own layout is of no use to
-them, and only there.
+and arithmetic to `functional`, `layer` and `recurrent`, which trust what has passed here. What
+passes has memory layout as the kernels want it: a copy is made where an argument's own layout is of
+no use to them, and only there.
 
 What passes stays as it was judged: arrays are views of the library's own, lists are copied before
 they are read. For a later argument's `__array__`, another thread or a signal handler may do

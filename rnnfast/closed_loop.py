@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import _kernels, checks, config, functional, stack
-from .functional import BACKWARD, FORWARD, _is, as_steps, new_array, new_sequence
+from . import _kernels, checks, config, stack
+from .layer import (
+    BACKWARD,
+    FORWARD,
+    as_steps,
+    is_whole,
+    new_array,
+    new_sequence,
+    tape_numbers,
+)
 from .tapes import StackTape
 
 if TYPE_CHECKING:
-    from .functional import Tape
+    from .layer import Tape
 
 CHOICES = _kernels.CHOICES  # "value", "argmax", "sample"
 
@@ -240,8 +248,8 @@ class ForecastTape:
             type(weight) is np.ndarray
             and weight.ndim == 2
             and weight.shape[0] <= I
-            and _is(weight, (weight.shape[0], N), dtype)
-            and (own is None or _is(own, (T, B), checks.BOOL))
+            and is_whole(weight, (weight.shape[0], N), dtype)
+            and (own is None or is_whole(own, (T, B), checks.BOOL))
             and type(layout) is tuple
             and [type(one) for one in layout] == [bool, bool]
             and (B == 1 or not layout[1])
@@ -393,7 +401,7 @@ class ClosedLoop:
                 checks.fail(ValueError, "forecast_train", f"{name}={p}", needs)
         loop = self._loop(first, steps, head, "value", None, covariates, teacher)
         T, B = loop.steps, loop.rows
-        numbers = L * (functional.tape_numbers(cell, T, B, H, 1, "full") + T * B * (P or H))
+        numbers = L * (tape_numbers(cell, T, B, H, 1, "full") + T * B * (P or H))
         checks.room("steps", numbers, self._dtype.itemsize)
         h, c = self._loop_states(checks.STATE, state, loop)
         tapes = stack.new_tapes(cell, loop.x[:T], H, P, L, 1, None)

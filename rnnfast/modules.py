@@ -11,7 +11,8 @@ import numpy as np
 
 from . import checks, functional
 from .cells import Functions
-from .functional import GRU_PLAIN, LSTM_PLAIN, Row
+from .functional import GRU_PLAIN, LSTM_PLAIN
+from .layer import Row
 from .merges import CONCAT
 from .recurrent import LATER, Recurrent, argument
 

@@ -16,14 +16,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import _kernels, calls, checks, config, functional, stack, storage
+from . import _kernels, calls, checks, config, stack, storage
+from .between import Between
 from .calls import Clamped, Extra, Layout, Regular, States
 from .cells import PARAMETERS
 from .closed_loop import ClosedLoop
 from .drop_connect import DropConnect
-from .functional import (
+from .layer import (
     BACKWARD,
     FORWARD,
+    TAPES,
     More,
     Row,
     Tape,
@@ -32,7 +34,9 @@ from .functional import (
     new_like,
     new_sequence,
     new_tape,
+    own_tape,
     run_forward,
+    tape_numbers,
 )
 from .merges import CONCAT, MERGES
 from .parameters import (
@@ -409,7 +413,7 @@ class Recurrent(ClosedLoop):
         >>> tape.nbytes // 10**5, light.nbytes // 10**5
         (24, 0)
         """
-        kind = checks.choice("tape", tape, functional.TAPES)
+        kind = checks.choice("tape", tape, TAPES)
         made = self._forward(x, state, lengths, kind, mask, clamp, all_states, offsets)
         return made[:3] if made[3] is None else made
 
@@ -434,7 +438,7 @@ class Recurrent(ClosedLoop):
             steps = T * B if offsets is None else len(x.data)
             numbers = steps * (I + 2 * N) + 2 * rows * B * H
             if kind:
-                numbers += L * (functional.tape_numbers(cell, T, B, H, D, kind) + 2 * steps * N)
+                numbers += L * (tape_numbers(cell, T, B, H, D, kind) + 2 * steps * N)
             checks.room("x", numbers, dtype.itemsize)
         h_0 = c_0 = None
         if state is not None:
@@ -528,7 +532,7 @@ class Recurrent(ClosedLoop):
         times = None
         if mask is not None:
             lengths, times = checks.mask("mask", mask, lengths, T, B, batch_first, unbatched)
-        betweens, regular = [functional.Between()] * L, self._regular
+        betweens, regular = [Between()] * L, self._regular
         columns = D * N, D * H if self._pair else 0
         if regular is not None and call is not None:  # in training
             betweens = [regular.training(layer, call, T, B, *columns) for layer in range(L)]
@@ -702,7 +706,7 @@ class Recurrent(ClosedLoop):
             checks.fail(ValueError, "tape", got, f"one of {L}")
         own = []
         for one in layers:
-            own.append(functional.own_tape(one, self._row, (I, H, P, D), self._dtype))
+            own.append(own_tape(one, self._row, (I, H, P, D), self._dtype))
             I = self._width
         # Of packed rows, where they begin and end is what the lowest layer's tape says.
         first, alike = own[0], True

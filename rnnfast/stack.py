@@ -1,6 +1,6 @@
 """A stack of layers through time: what one layer hands to the next, and dropout in between.
 
-Knows the work of one layer (`functional`'s pair that does it all), the wavefront, and how two
+Knows the work of one layer (`layer`'s pair that does it all), the wavefront, and how two
 directions are merged; no parameters, no module and no checks: it trusts its arguments. Whose
 weights are packed, and when, its callers know: `pack(layer)` gives one layer's pack.
 
@@ -18,7 +18,7 @@ import numpy as np
 from . import _kernels, config
 from .between import Received
 from .cells import Cell
-from .functional import (
+from .layer import (
     More,
     New,
     Sequence,

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _kernels, checks, config
 from .closed_loop import Loop
-from .functional import FORWARD
+from .layer import FORWARD
 
 if TYPE_CHECKING:
     from .recurrent import Recurrent

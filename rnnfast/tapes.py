@@ -11,7 +11,7 @@ from . import checks, stack
 from .calls import Clamped
 from .cells import CELLS
 from .drop_connect import DropConnect
-from .functional import Sequence, Tape
+from .layer import Sequence, Tape
 
 
 class StackTape:

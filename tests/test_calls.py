@@ -41,7 +41,7 @@ def as_pair(state):
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_mask_is_the_call_without_its_steps(cell, tape, layout, choose, monkeypatch):
     """To the bit: states and gradients of rows whose missing steps were never there."""
-    monkeypatch.setattr(functional, "SLICE_BYTES", 1)
+    monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 1)
     rng = np.random.default_rng(1)
     steps, rows = 150, 1 if layout == "unbatched" else B
     mask = rng.random((steps, rows)) < 0.5
@@ -241,7 +241,7 @@ def judge_gradients(module, run, changeable, dx, extra, x, clamps, rng):
 @pytest.mark.parametrize("tape", ["full", "light"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradients_of_everything_at_once(cell, tape, layout, monkeypatch):
-    monkeypatch.setattr(functional, "SLICE_BYTES", 1)
+    monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 1)
     rng = np.random.default_rng(6)
     pair, rows = cell in PAIR, 1 if layout == "unbatched" else B
     module = make(
@@ -295,7 +295,7 @@ def test_gradients_of_everything_at_once(cell, tape, layout, monkeypatch):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_for_threads_and_tapes(cell, choose, monkeypatch):
-    monkeypatch.setattr(functional, "SLICE_BYTES", 1)
+    monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 1)
     rng = np.random.default_rng(7)
     x, mask = draw(rng, 70, 9, I).astype(np.float32), rng.random((70, 9)) < 0.8
     pair = cell in PAIR
@@ -579,7 +579,7 @@ def test_functional_between():
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_rows(cell, tape, choose, monkeypatch):
     """The same bits as of a padded x with lengths, without the padding."""
-    monkeypatch.setattr(functional, "SLICE_BYTES", 1)
+    monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 1)
     rng = np.random.default_rng(12)
     lengths = np.array([4, 150, 0, 9, 150, 1, 33])
     offsets = np.concatenate([[0], np.cumsum(lengths)])

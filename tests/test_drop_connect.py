@@ -15,7 +15,7 @@ from cases import make_module
 from test_api import bits, random
 
 import rnnfast
-from rnnfast import functional, reference
+from rnnfast import reference
 from rnnfast.cells import CELLS
 
 T, B, I, H = 7, 5, 4, 6
@@ -121,7 +121,7 @@ def test_masks_are_others_than_dropouts():
 
 @pytest.mark.parametrize("L", [1, 2])
 def test_threads_tapes_and_frozen_modules_have_the_same_bits(L, choose, monkeypatch):
-    monkeypatch.setattr(functional, "SLICE_BYTES", 0)
+    monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 0)
     module = rnnfast.LSTM(I, 40, L, drop_connect=0.3, learn_initial=True, seed=SEED)
     x, dy = random(40, B, I), random(40, B, 40)
 

@@ -48,7 +48,7 @@ def functions_of(cell):
 @pytest.fixture
 def small_slices(monkeypatch):
     """Slices of the root of T steps even where that makes them tiny."""
-    monkeypatch.setattr(functional, "SLICE_BYTES", 0)
+    monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 0)
 
 
 def as_argument(states):
@@ -221,14 +221,14 @@ def test_the_tape_keeps_its_own_weights():
 @pytest.fixture
 def scratch(monkeypatch):
     """Bytes of every array that the functions make, in order."""
-    made, new_array = [], functional.new_array
+    made, new_array = [], rnnfast.layer.new_array
 
     def counted(shape, dtype):
         array = new_array(shape, dtype)
         made.append(array.nbytes)
         return array
 
-    monkeypatch.setattr(functional, "new_array", counted)
+    monkeypatch.setattr("rnnfast.layer.new_array", counted)
     return made
 
 
@@ -368,7 +368,7 @@ def spoilt_tapes():
         "another input size's": packs_of("lstm", 4, 5)[0],
         "another hidden size's": packs_of("lstm", 3, 6)[0],
         "another dtype's": packs_of("lstm", 3, 5, np.float64)[0],
-        "two directions'": rnnfast.LSTM(3, 5, bidirectional=True)._pack(0, functional.FORWARD),
+        "two directions'": rnnfast.LSTM(3, 5, bidirectional=True)._pack(0, _kernels.FORWARD),
     }
     for label, packed in wrong_packs.items():
         yield f"pack: {label}", {"pack": packed}

@@ -13,7 +13,7 @@ from test_api import bits, random
 from tolerances import assert_close
 
 import rnnfast
-from rnnfast import functional, reference, storage
+from rnnfast import reference, storage
 from rnnfast.cells import CELLS
 from rnnfast.merges import CONCAT, MERGES
 
@@ -74,7 +74,7 @@ def test_a_stack_is_the_references(cell, kind, L, lengths, dtype):
 @pytest.mark.parametrize("kind", MERGED)
 @pytest.mark.parametrize("L", [1, 2])
 def test_layouts_tapes_threads_and_frozen_modules_have_the_same_bits(kind, L, choose, monkeypatch):
-    monkeypatch.setattr(functional, "SLICE_BYTES", 0)
+    monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 0)
 
     def run(module, x, dy, tape="full", lengths=None):
         module.dropout_calls = 3

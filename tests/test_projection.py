@@ -212,7 +212,7 @@ def test_stacks_against_the_reference(D, dtype):
 
 @pytest.mark.parametrize("cell", PROJECTED)
 def test_light_tapes_wavefronts_and_streams_have_the_same_bits(cell, choose, monkeypatch):
-    monkeypatch.setattr(functional, "SLICE_BYTES", 0)
+    monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 0)
     module = make_module(cell, I, H, 3, proj_size=P, seed=3)
     x, dy = random(300, 2, I), random(300, 2, P, seed=1)
 

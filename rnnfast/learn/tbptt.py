@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import checks
-from ..functional import as_steps
+from ..layer import as_steps
 from ..recurrent import Recurrent
 from ..tapes import StackTape
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _kernels, checks, config, stack
 from ..cells import CELLS, PARAMETERS, UNIT_WEIGHTS, Cell
-from ..functional import BACKWARD, FORWARD, Sequence, Tape, as_steps, new_array
+from ..layer import BACKWARD, FORWARD, Sequence, Tape, as_steps, new_array
 from ..parameters import ENDS
 from .threads import call_threads
 
