@@ -154,7 +154,7 @@ class Clamped(NamedTuple):
         if more:
             array = array.sum(axis=tuple(range(more)))
         once = tuple(i for i, size in enumerate(self.shape) if size == 1 < array.shape[i])
-        return np.ascontiguousarray(array.sum(axis=once, keepdims=True) if once else array)
+        return np.asarray(array.sum(axis=once, keepdims=True) if once else array, order="C")
 
 
 def add_clamp(

@@ -293,6 +293,14 @@ def test_gradients_of_everything_at_once(cell, tape, layout, monkeypatch):
         assert gradient.shape == clamp.values.shape and gradient.any()
 
 
+def test_the_gradient_by_one_number_is_one_number():
+    gru = make_module("gru", I, H)
+    clamp = Clamp(np.float32(0.5), units=[1, 4])
+    y, _, tape = gru.forward_train(np.ones((T, B, I), np.float32), clamp=clamp)
+    gradient = gru.backward(tape, np.ones_like(y))[2].clamps[0]
+    assert gradient.shape == () and gradient > 0
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_for_threads_and_tapes(cell, choose, monkeypatch):
     monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 1)
