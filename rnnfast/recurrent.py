@@ -215,7 +215,10 @@ class Recurrent(ClosedLoop):
 
     @property
     def dropout_calls(self) -> int:
-        """Completed calls of `forward_train`; with `seed` it decides what the next one drops."""
+        """Completed calls of `forward_train`, but for those with drop=False.
+
+        With `seed` their number decides what the next one drops.
+        """
         return self._dropout_calls
 
     @dropout_calls.setter
@@ -391,6 +394,7 @@ class Recurrent(ClosedLoop):
     def forward_train(
         self, x: Any, state: Any = None, lengths: Any = None, *, tape: str = "full",
         mask: Any = None, clamp: Any = None, all_states: bool = False, offsets: Any = None,
+        drop: bool = True,
     ) -> Any:  # fmt: skip
         """As a plain call, with all that drops and holds, and with a tape for `backward`, third;
         all states, if asked for, are fourth.
@@ -401,7 +405,9 @@ class Recurrent(ClosedLoop):
         tape: "full" keeps gates and states of all steps; "light" keeps states at some sqrt(T) steps
         of each layer, and `backward` computes the others again: far less memory for some third more
         time, and the same bits. What one layer hands to the next is kept by both, and what is
-        multiplied where directions are.
+        multiplied where directions are. drop: False computes what a plain call does, for the
+        gradients of inference, and does not count as one of `dropout_calls`; refused with zoneout,
+        of which a plain call has what is expected.
 
         >>> from rnnfast import LSTM
         >>> lstm = LSTM(3, 5)
@@ -414,12 +420,15 @@ class Recurrent(ClosedLoop):
         (24, 0)
         """
         kind = checks.choice("tape", tape, TAPES)
-        made = self._forward(x, state, lengths, kind, mask, clamp, all_states, offsets)
+        if not checks.boolean("drop", drop) and np.any(self.zoneout):
+            needs = "True with zoneout: what is expected of it has no backward pass"
+            checks.fail(ValueError, "drop", "False", needs)
+        made = self._forward(x, state, lengths, kind, mask, clamp, all_states, offsets, drop)
         return made[:3] if made[3] is None else made
 
     def _forward(
         self, x: Any, state: Any, lengths: Any, kind: str | None, mask: Any, clamp: Any,
-        all_states: bool, offsets: Any,
+        all_states: bool, offsets: Any, drop: bool = True,
     ) -> tuple[np.ndarray, Any, StackTape | None, States | None]:  # fmt: skip
         cell, pair, dtype, batch_first, I, H, P, L, D, width, learned, single = self._fixed
         if offsets is None:
@@ -453,8 +462,9 @@ class Recurrent(ClosedLoop):
         if not (self._usual and mask is None and clamp is None and all_states is False):
             layout = Layout(T, B, batch_first, unbatched)
             lengths, mores, clamps, states, hs = self._beside(
-                layout, lengths, mask, clamp, all_states, self._dropout_calls if kind else None
-            )
+                layout, lengths, mask, clamp, all_states,
+                self._dropout_calls if kind and drop else None,
+            )  # fmt: skip
 
         h_n = np.empty((rows, B, h_size), dtype)
         c_n = np.empty((rows, B, H), dtype) if pair else None
@@ -483,7 +493,7 @@ class Recurrent(ClosedLoop):
                 hs[0] = y
         else:
             if kind:
-                if self._drop_connect:
+                if self._drop_connect and drop:
                     drops = DropConnect(self._drop_connect, self._dropout[1], call)
                     packs = None
                 if kind == "light" and not packs:  # a light tape keeps them
@@ -492,7 +502,8 @@ class Recurrent(ClosedLoop):
                 merge = self._merge
                 tapes = stack.new_tapes(cell, x, H, P, L, D, lengths, kept, merge=merge)
                 both = stack.new_both(tapes) if merge == "mul" else None
-                dropout = stack.Dropout(*self._dropout, call)
+                if drop:
+                    dropout = stack.Dropout(*self._dropout, call)
             pack = packs.__getitem__ if packs else partial(self._pack, kind=FORWARD, drops=drops)
             stack.forward(
                 cell, pack, L, D, x, h_0, c_0, y, h_n, c_n, lengths, tapes, dropout, threads,
@@ -509,7 +520,8 @@ class Recurrent(ClosedLoop):
             return result, state_n, None, states
         for tape in (tapes[0], tapes[-1]):  # those whose arrays the caller sees
             tape.batch_first, tape.unbatched = batch_first, unbatched
-        self._dropout_calls = call + 1
+        if drop:
+            self._dropout_calls = call + 1
         learned = learned and state is None
         kept = StackTape(tuple(tapes), self._token, dropout, drops, clamps, held, both, learned)
         return result, state_n, kept, states

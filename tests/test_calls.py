@@ -393,6 +393,26 @@ def test_inference_expects_zoneout_and_streams_agree(cell):
         assert_same_bits("state", own, one)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_tape_of_inference(cell):
+    """drop=False: the plain call, to the bit, which gradients by differences are those of (see
+    test_options), and which does not count.
+    """
+    x = draw(np.random.default_rng(9), T, B, I)
+    module = make(cell, dropout=0.3, recurrent_dropout=0.3, drop_connect=0.3)
+    for tape in ("full", "light"):
+        y, state, _ = module.forward_train(x, drop=False, tape=tape)
+        want, want_state = module(x)
+        assert_same_bits("y", y, want)
+        for one, other in zip(as_pair(state), as_pair(want_state), strict=True):
+            assert (one is None and other is None) or np.array_equal(one, other)
+    assert module.dropout_calls == 0
+    with pytest.raises(TypeError, match="drop: got 0; needs True or False"):
+        module.forward_train(x, drop=0)
+    with pytest.raises(ValueError, match="drop: got False; needs True with zoneout: "):
+        make(cell, zoneout=0.1).forward_train(x, drop=False)
+
+
 def test_a_p_of_one():
     x = np.ones((T, B, I), np.float32)
     lstm = rnnfast.LSTM(I, H, seed=0, recurrent_dropout=1.0)

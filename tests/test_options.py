@@ -68,6 +68,7 @@ OPTIONS = (
     Option("clamp", call={"clamp": True}),
     Option("all_states", call={"all_states": True}),
     Option('tape="light"', call={"tape": "light"}),
+    Option("drop=False", call={"drop": False}),
     Option("backward's clip", backward={"clip": 1e-3}),
     Option("norms", backward={"norms": True}),
     Option("freeze", use="freeze"),
