@@ -790,10 +790,12 @@ def all_states(
     return own[0], own[1]
 
 
-def limits(clip: Any, clip_norm: Any, dtype: np.dtype) -> tuple[float, float]:
+def limits(
+    clip: Any, clip_norm: Any, dtype: np.dtype, names: tuple[str, str] = ("clip", "clip_norm")
+) -> tuple[float, float]:
     """What gradients are clipped to between steps, by value and by norm; 0 for no limit."""
     found = []
-    for name, value in (("clip", clip), ("clip_norm", clip_norm)):
+    for name, value in zip(names, (clip, clip_norm), strict=True):
         limit = 0.0 if value is None else finite(name, value, dtype)
         if value is not None and not dtype.type(limit) >= np.finfo(dtype).tiny:
             fail(ValueError, name, describe(value), f"a number above 0 in {dtype}, or None")
