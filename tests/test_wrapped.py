@@ -7,6 +7,7 @@ Needs PyTorch, and is skipped without.
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -346,6 +347,20 @@ def test_no_second_derivatives_nor_transforms():
         torch.func.vmap(lambda x: module(x)[0], in_dims=1)(x)
     with forward_ad.dual_level(), pytest.raises(ValueError, match=message):
         module(x)
+
+
+def test_threads_have_their_own_gradients():
+    """All go through the one scratch of the module."""
+    module = lstm()
+    inputs = [random(T, B, I, seed=seed) for seed in range(4)]
+
+    def run(x):
+        return [torch.autograd.grad(module(x)[0].sum(), module.weight_hh_l0)[0] for _ in range(30)]
+
+    want = [run(x)[0] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for one, many in zip(want, pool.map(run, inputs), strict=True):
+            assert all(torch.equal(got, one) for got in many)
 
 
 def test_checkpointing_of_what_drops_nothing():

@@ -47,7 +47,8 @@ class Wrapped(nn.Module):
 
     `layers.grads` are scratch: gradients are the parameters' own `.grad`. Second derivatives are
     not there, nor torch.func's transforms and forward derivatives; torch.compile runs a call
-    outside of its graphs. Everything is computed on the CPU, in the module's own dtype.
+    outside of its graphs. Everything is computed on the CPU, in the module's own dtype, on as many
+    threads as `rnnfast.get_num_threads()` says.
 
     Raises TypeError or ValueError for arguments that are not such.
 
