@@ -184,14 +184,14 @@ class Wrapped(nn.Module):
                 self._layers.dropout_calls = layers.dropout_calls
         else:
             (y, last, *steps), tape = layers(**asked), None
-        pair = type(last) is tuple
-        found = [y, *(last if pair else (last,)), *(a for one in steps for a in one)]
+        has_c = type(last) is tuple
+        found = [y, *(last if has_c else (last,)), *(a for one in steps for a in one)]
         results = [torch.from_numpy(array) for array in found if array is not None]
         if keep:
-            call = _Call(layers, tape, 1 + pair, len(states), len(values), self._limits)
+            call = _Call(layers, tape, 1 + has_c, len(states), len(values), self._limits)
             results = _Graph.apply(call, results, *tensors)
         y, h, *rest = results
-        last = (h, rest.pop(0)) if pair else h
+        last = (h, rest.pop(0)) if has_c else h
         return (y, last, States(*rest, *[None] * (2 - len(rest)))) if steps else (y, last)
 
     def _checked(self, name: str, tensor: Any) -> Tensor:
