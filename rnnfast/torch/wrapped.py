@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import checks, functional
+from .. import checks
 from ..calls import Clamp, States
+from ..layer import TAPES
 from ..parameters import views_of
 from ..recurrent import Recurrent
 from .bridge import describe
@@ -72,7 +73,7 @@ class Wrapped(nn.Module):
         if not layers.flat.flags.writeable:
             checks.fail(ValueError, "layers", "a frozen module", "unfreeze() first")
         self._layers = layers
-        self._tape = checks.choice("tape", tape, functional.TAPES)
+        self._tape = checks.choice("tape", tape, TAPES)
         limits = {"grad_clip": grad_clip, "grad_clip_norm": grad_clip_norm}
         checks.limits(*limits.values(), layers.dtype, tuple(limits))
         self._limits = limits
