@@ -488,6 +488,7 @@ def normalise(v):
     [[-1.0, 1.0], [0.0, 0.0]]
     """
     centred = v - v.mean(axis=1, keepdims=True)
+    centred = centred - centred.mean(axis=1, keepdims=True)  # what the mean's rounding left
     scale = 1 / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + EPSILON)
     return centred * scale, scale
 

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from cases import as_tuple, make_module, options_of
-from tolerances import assert_close, assert_same_bits
+from tolerances import TIMES_NUMPY, assert_close, assert_same_bits
 
 import rnnfast
-from rnnfast import functional
+from rnnfast import functional, reference
 from rnnfast.cells import CELLS
 
 NORMALISED = [name for name, cell in CELLS.items() if cell.norms]
@@ -105,6 +105,38 @@ def test_what_is_scaled_does_not_matter(cell):
     np.testing.assert_allclose(module(x)[0], y, rtol=0, atol=1e-6)
     module.params["weight_norm_ih_l0"] *= 1.5
     assert np.abs(module(x)[0] - y).max() > 1e-3
+
+
+@pytest.mark.parametrize("cell", NORMALISED)
+@pytest.mark.parametrize("equal", [12345.678, np.pi * 1e6, -1e15])
+@pytest.mark.parametrize("size", [5, 1000])
+def test_a_row_of_equal_numbers_becomes_zeros(cell, equal, size):
+    """However its mean was rounded: the products come to nothing but their biases."""
+    module = make_module(cell, 1, size, seed=1)
+    y = [module(np.zeros((2, 1, 1), np.float32))[0]]
+    module.params["weight_ih_l0"][...] = equal
+    y.append(module(np.ones((2, 1, 1), np.float32))[0])
+    assert_close("y", y[1], y[0], np.float32)
+
+
+@pytest.mark.parametrize("mean", [10, 100, 1000])
+@pytest.mark.parametrize("cell", ["rnn_tanh_norm", "gru_norm"])
+def test_rows_far_from_zero_err_as_numpys(cell, mean):
+    """Numbers that differ by far less than their mean: the promise of all kernels holds there."""
+    B, H = 8, 1024
+    module = make_module(cell, 1, H, seed=1)
+    rng = np.random.default_rng(3)
+    module.params["weight_ih_l0"][...] = mean + rng.standard_normal(
+        module.params["weight_ih_l0"].shape
+    )
+    x = rng.uniform(0.5, 1, (1, B, 1)).astype(np.float32)
+    y, _ = module(x)
+    found = []
+    for dtype in (np.float64, np.float32):
+        own = {name: value.astype(dtype) for name, value in module.params.items()}
+        found.append(reference.stack_forward(cell, x.astype(dtype), None, own)[0])
+    ours, numpys = (np.linalg.norm(a - found[0]) for a in (y, found[1]))
+    assert ours <= TIMES_NUMPY * numpys, ours / numpys
 
 
 @pytest.mark.parametrize("cell", NORMALISED)
