@@ -263,7 +263,7 @@ typedef struct {
     /* [n] The lowest first, each as for a call of one step, D = 1. The states before the first step
      * are in h_n and c_n, and those after the last one come there; h_0, c_0, run and, but for the
      * lowest, x are not read. y: for a tape of the layer above, whose x it is, else absent. All may
-     * share a workspace. */
+     * share a workspace. Changed: they are those of the step at hand. */
     rf_forward_args *layers;
     int n;
     ptrdiff_t steps;

@@ -245,9 +245,9 @@ def closed_loop(
     # y [steps, B, N], the x of the layer above, or None
     threads: int,
     plan: int,
-) -> tuple[str, int] | tuple[int, int]:
-    """Returns what ran, or step and row where no token could be chosen; then, as with an error,
-    the states are as they were. May raise MemoryError, KeyboardInterrupt."""
+) -> tuple[tuple[str, int], tuple[int, int] | None]:
+    """Returns what ran, and step and row where no token could be chosen, or None; there, as with an
+    error, the states are as they were. May raise MemoryError, KeyboardInterrupt."""
 
 def closed_loop_backward(
     packs: tuple[Pack, ...],  # BACKWARD

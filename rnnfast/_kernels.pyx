@@ -1145,17 +1145,17 @@ def closed_loop(
             if not failed:
                 failed = kernels.loop(&args)
         rf_propagate(failed == RF_LOOP_ENDED)
-        if failed:
-            return args.failed_step, args.failed_row
-        memcpy(h_state, memory.at(states_at), n * h_bytes)
-        if c_state != NULL:
-            memcpy(c_state, memory.at(states_at) + whole_lines(n * h_bytes), n * c_bytes)
+        if not failed:
+            memcpy(h_state, memory.at(states_at), n * h_bytes)
+            if c_state != NULL:
+                memcpy(c_state, memory.at(states_at) + whole_lines(n * h_bytes), n * c_bytes)
     finally:
         release(&views)
         if taken != NULL:
             for i in range(n):
                 release(&taken[i])
-    return PLANS[args.run.ran_plan], args.run.ran_threads
+    ran = PLANS[args.run.ran_plan], args.run.ran_threads
+    return ran, ((args.failed_step, args.failed_row) if failed else None)
 
 
 def closed_loop_backward(

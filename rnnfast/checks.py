@@ -37,6 +37,7 @@ BOOL = np.dtype(np.bool_)
 MAX_THREADS = 256  # workers of the pool in csrc/pool.c
 MAX_SEED = 2**63 - 1
 MAX_ROWS = 2**31 - 1  # whose draws are numbered
+MAX_STEPS = 2**32  # likewise
 MOST_ONE_HOT = 2**24  # a token is kept as a float32
 DLPACK_HOSTS = 1, 3  # device types of memory that the CPU reads: its own, and pinned
 # Below this many numbers no product of sizes can overflow nor be worth comparing with the memory.
@@ -499,18 +500,19 @@ def step_input(name: str, value: Any, dtype: np.dtype, features: int) -> tuple[n
 
 def gradient(
     name: str, value: Any, dtype: np.dtype, sizes: tuple[int, int, int],
-    batch_first: bool, unbatched: bool,
+    batch_first: bool, unbatched: bool, letter: str = "D*H",
 ) -> ndarray:  # fmt: skip
-    """The gradient of a layer's output, shaped as that output was, as [T, B, D*H] = `sizes`."""
+    """The gradient of an output, shaped as that output was, as [T, B, N] = `sizes`; `letter`: N as
+    the caller knows it."""
     T, B, N = sizes
     array = as_array(name, value, dtype)
     if unbatched:
-        _shape(name, array, (T, N), "T, D*H")
+        _shape(name, array, (T, N), f"T, {letter}")
         return _rows(array)[:, None]
     if batch_first:
-        _shape(name, array, (B, T, N), "B, T, D*H")
+        _shape(name, array, (B, T, N), f"B, T, {letter}")
         return _rows(array).transpose(1, 0, 2)
-    _shape(name, array, sizes, "T, B, D*H")
+    _shape(name, array, sizes, f"T, B, {letter}")
     return _rows(array)
 
 

@@ -53,12 +53,15 @@ class Loop:
         self.weight, self.bias = checks.head("head", head, dtype, N)
         self.width = self.weight.shape[0]
         logits = checks.boolean("logits", logits)
-        self.step0 = checks.integer("step0", step0, 0, checks.MAX_SEED)
+        self.step0 = checks.integer("step0", step0, 0, checks.MAX_STEPS)
         self.row0 = checks.integer("row0", row0, 0, checks.MAX_ROWS)
         self.temperature, self.seed = _randomness(choice, dtype, temperature, seed)
         if choice != "sample" and (step0 or row0):
             needs = '0: of choice="sample" alone, whose draws they number'
             checks.fail(ValueError, "step0" if step0 else "row0", str(step0 or row0), needs)
+        if choice == "sample" and self.step0 + self.steps > checks.MAX_STEPS:
+            got, needs = f"{self.steps} from step {self.step0} on", f"at most {checks.MAX_STEPS}"
+            checks.fail(ValueError, "steps", got, f"{needs} in all, whose draws are numbered")
         self.own = self.tokens = self.table = None
         if choice == "value":
             for name, given in (("table", table is not None), ("logits", logits)):
@@ -179,14 +182,14 @@ class Loop:
             kept = tuple(
                 (tape.gates, tape.h, tape.c, y) for tape, y in zip(tapes, handed, strict=True)
             )
-        ran = _kernels.closed_loop(
+        ran, failed = _kernels.closed_loop(
             packs, h, c, self.weight, self.bias, self.x, self.own, self.outputs, self.tokens,
             self.table, self.one_hot, self.choice, self.steps, self.rows, self.width,
             self.temperature, self.seed, self.step0, self.row0, *hold, kept, config.threads,
             config.plan,
         )  # fmt: skip
-        if type(ran[0]) is int:
-            step, row = ran
+        if failed:
+            step, row = failed
             got = f"logits of which no token can be chosen, in step {step} of row {row}"
             needs = "numbers" if CHOICES[self.choice] == "argmax" else "finite numbers, or -inf"
             checks.fail(ValueError, "head", got, f"{needs} (there is a NaN, or an infinity)")
@@ -202,8 +205,9 @@ def _randomness(choice: str, dtype: np.dtype, temperature: Any, seed: Any) -> tu
         temperature = (
             1.0 if temperature is None else checks.finite("temperature", temperature, dtype)
         )
-        if temperature < float(np.finfo(dtype).tiny):
-            needs = 'a number greater than 0; choice="argmax" takes the likeliest'
+        least = float(np.finfo(dtype).tiny)
+        if temperature < least:
+            needs = f'at least {least:.3g} in {dtype}; choice="argmax" takes the likeliest'
             checks.fail(ValueError, "temperature", str(temperature), needs)
         return temperature, seed
     for name, value in (("temperature", temperature), ("seed", seed)):
@@ -321,7 +325,9 @@ def head_gradients(d_outputs: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np
     rows = math.prod(h.shape[:2])
     d_outputs, h = (a.reshape(rows, a.shape[2]) for a in (d_outputs, h))
     with np.errstate(all="ignore"):  # NaN and inf are results
-        return d_outputs.T @ h, d_outputs.sum(axis=0)
+        # NumPy adds row to row: in float32 many would not come to more than 2**24 times the first.
+        bias = d_outputs.sum(axis=0, dtype=np.float64)
+        return d_outputs.T @ h, bias.astype(d_outputs.dtype)
 
 
 class ClosedLoop:
@@ -444,7 +450,7 @@ class ClosedLoop:
         O = weight.shape[0]
         if dvalues is not None:
             sizes = (T, B, O)
-            dvalues = checks.gradient("dvalues", dvalues, dtype, sizes, batch_first, unbatched)
+            dvalues = checks.gradient("dvalues", dvalues, dtype, sizes, batch_first, unbatched, "O")
         dh_n = dc_n = None
         if dstate is not None:
             sizes = (L, B, H)

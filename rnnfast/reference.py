@@ -179,8 +179,8 @@ def softplus(z):
 
 
 # By ONNX's names, in lower case: the function, and its derivative by z. The defaults are those of
-# ONNX's operators of these names; where a function has a kink, the derivative is that of its left,
-# or, at a jump, of its right.
+# ONNX's operators of these names; affine and scaledtanh have no such operator. At a kink the
+# derivative is that of the left, at a jump of the right; at both limits of hardsigmoid it is 0.
 ACTIVATIONS = {
     "sigmoid": (sigmoid, sigmoid_slope),
     "tanh": (tanh, tanh_slope),
@@ -1268,7 +1268,7 @@ def uniform(seed, t, b):
     True
     """
     key = mix(np.array([seed], np.uint64))
-    row = mix(key + np.array([t << 32 | b], np.uint64))
+    row = mix(key + (np.array([t], np.uint64) << np.uint64(32) | np.uint64(b)))
     return float((mix(row) >> np.uint64(11))[0] * 2.0**-53)
 
 
@@ -1348,7 +1348,7 @@ def closed_loop_backward(
     weight, _ = head
     O = len(weight)
     total = dict(weight=np.zeros_like(weight), bias=np.zeros(O, weight.dtype))
-    dxs, carried = [], 0
+    dxs, carried = [], np.zeros(d_outputs.shape[1:], weight.dtype)
     for t in reversed(range(len(tapes))):
         h, tape = tapes[t]
         d_o = d_outputs[t] + carried

@@ -301,7 +301,7 @@ def test_layouts(cell):
     inputs, mask = others["teacher"]
     flipped = {
         "covariates": np.swapaxes(others["covariates"], 0, 1),
-        "teacher": (np.swapaxes(inputs, 0, 1), mask.T),
+        "teacher": (np.swapaxes(inputs, 0, 1), np.ascontiguousarray(mask.T)),
     }
     values, last, tape = module.forecast_train(first, steps, head, given, **others)
     got, _, got_tape = turned.forecast_train(first, steps, head, given, **flipped)
@@ -468,6 +468,70 @@ def test_logits_of_which_nothing_can_be_chosen(choice, wrong):
     with pytest.raises(ValueError, match=words):
         stream.generate([1, 2, 3], 2, (weight, bias), choice, **options)
     assert [a.tobytes() for a in stream.state] == before
+
+
+@pytest.mark.parametrize("choice", ["argmax", "sample"])
+@pytest.mark.parametrize("V", [1, 3, 4, 8, 9, 16, 21, 33])
+def test_a_nan_is_seen_wherever_it_is(V, choice):
+    gru = rnnfast.GRU(V, H, seed=0)
+    options = {"seed": 1} if choice == "sample" else {}
+    for at in {0, V // 2, V - 1}:
+        weight, bias = make_head(V, H)
+        bias[at] = np.nan
+        with pytest.raises(ValueError, match="step 0 of row 0"):
+            gru.generate([0], 2, (weight, bias), choice, **options)
+
+
+@pytest.mark.parametrize("choice", ["argmax", "sample"])
+def test_step_and_row_without_a_token_are_named(choice):
+    """Tokens are counted up to the one whose input is a NaN: a row meets it when it is there."""
+    rnn = rnnfast.RNN(4, 1, nonlinearity="relu", seed=0)
+    rnn.flat[...] = 0
+    rnn.params["weight_ih_l0"][...] = 1
+    # h is the input's number; of h = k, the greatest logit is that of token k + 1, and far ahead.
+    table = np.array([[0], [1], [2], [np.nan]], np.float32) @ np.ones((1, 4), np.float32) / 4
+    k = np.arange(4, dtype=np.float32)
+    head = 2e4 * (k[:, None] - 1), -1e4 * (k - 1) ** 2
+    options = {"seed": 1} if choice == "sample" else {}
+    tokens, _ = rnn.generate([0], 3, head, choice, table=table, **options)
+    assert tokens[:, 0].tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="in step 3 of row 0"):
+        rnn.generate([0, 0], 5, head, choice, table=table, **options)
+    with pytest.raises(ValueError, match="in step 1 of row 2"):
+        rnn.generate([0, 0, 2], 5, head, choice, table=table, **options)
+
+
+def test_draws_are_numbered_by_step_up_to_a_last_one():
+    """Each step has draws of its own, up to the last that there can be."""
+    gru = rnnfast.GRU(V, H, seed=0)
+    head, last = make_head(V, H), 2**32
+    draws = [
+        gru.generate([0, 1, 2], 5, head, "sample", seed=3, step0=step0)[0]
+        for step0 in (0, 5, 2**31, last - 5)
+    ]
+    assert len({tokens.tobytes() for tokens in draws}) == 4
+    apart = gru.generate([0, 1, 2], 1, head, "sample", seed=3, step0=last - 5)[0]
+    assert_same_bits("tokens", apart, draws[3][:1])
+    uniform = [reference.uniform(3, t, 1) for t in (0, last - 1)]
+    assert 0 <= min(uniform) < max(uniform) < 1
+    for step0, words in ((last - 4, "steps: got 5 from step"), (last + 1, "step0: got")):
+        with pytest.raises(ValueError, match=words):
+            gru.generate([0], 5, head, "sample", seed=3, step0=step0)
+
+
+def test_gradients_of_the_heads_bias_lose_no_rows():
+    """Each of a hundred thousand rows gives it the same number."""
+    gru = rnnfast.GRU(2, 4, seed=0)
+    head = np.zeros((2, 4), np.float32), np.zeros(2, np.float32)
+    values, _, tape = gru.forecast_train(np.zeros((50, 2), np.float32), 2000, head)
+    g = gru.backward_forecast(tape, np.full_like(values, 0.1))
+    np.testing.assert_allclose(g.bias, 50 * 2000 * np.float64(np.float32(0.1)), rtol=1e-6)
+
+
+def test_no_rows_take_no_time():
+    lstm = rnnfast.LSTM(O, H)
+    values, _ = lstm.generate(np.zeros((0, O), np.float32), 10**12, make_head(O, H))
+    assert values.shape == (10**12, 0, O)
 
 
 def test_a_nan_forecast_is_a_result():
@@ -647,9 +711,14 @@ def test_what_cannot_be_is_refused_with_its_reason():
         (lambda: gru.generate(first, 3, head, logits=True), "logits: got True"),
         (lambda: gru.generate(first, 3, head, table=head[0]), "table: got one"),
         (lambda: gru.generate(first, 3, head, step0=2), "step0: got 2"),
+        (lambda: gru.generate([0], 3, head, "sample", step0=-1), "step0: got -1"),
+        (lambda: gru.generate([0], 3, head, "sample", row0=-1), "row0: got -1"),
+        (lambda: gru.generate(first, 2**50, head), "steps: got"),
+        (lambda: gru.generate([0], 2**50, head, "argmax"), "steps: got"),
         (lambda: gru.generate([0], 3, head, "argmax", temperature=1), "draws nothing"),
         (lambda: gru.generate([0], 3, head, "sample", temperature=0), 'choice="argmax" takes'),
-        (lambda: gru.generate([0], 3, head, "sample", temperature=-1), "greater than 0"),
+        (lambda: gru.generate([0], 3, head, "sample", temperature=-1), "needs at least 1.18e-38"),
+        (lambda: gru.generate([0], 3, head, "sample", temperature=1e-39), "at least 1.18e-38"),
         (lambda: gru.generate([0], 3, head, "sample", covariates=first), "are numbers"),
         (lambda: gru.generate([0], 3, tall, "argmax"), r"needs a table \[V, I\] = \(5, 4\)"),
         (lambda: gru.generate([4], 3, head, "argmax"), r"first\[0\]: got 4; needs .* 0..3"),
@@ -660,7 +729,7 @@ def test_what_cannot_be_is_refused_with_its_reason():
         (lambda: gru.generate(first, 3, (head[0].T, None)), r"head \(weight\): got shape"),
         (lambda: gru.generate(first, 3, (head[0], head[1][1:])), r"head \(bias\): got shape"),
     ):
-        with pytest.raises((TypeError, ValueError), match=words):
+        with pytest.raises((TypeError, ValueError, MemoryError), match=words):
             call()
 
 
