@@ -182,6 +182,8 @@ def activations(
     several = tuple, list
     count = f"{len(letters)} activation{'s' * (len(letters) > 1)} ({', '.join(letters)})"
     needs = f"a tuple of {count}, each a name or (name, alpha, ...)"
+    if len(letters) == 1:
+        needs += ": ('tanh',), (('elu', 0.5),)"
     if type(value) not in several:
         fail(TypeError, name, describe(value), needs)
     value = tuple(tuple(one) if type(one) in several else one for one in tuple(value))
@@ -199,6 +201,8 @@ def _activation(name: str, value: Any, table: Mapping[str, tuple[float, ...]]) -
     word, *given = value
     if type(word) is not str or word not in table:
         needs = "one of " + ", ".join(map(repr, table))
+        if type(word) is str and word.lower() in table:
+            needs = f"{word.lower()!r}: names are in lower case"
         fail(ValueError if type(word) is str else TypeError, name, describe(word), needs)
     usual = table[word]
     if not usual and not given:
@@ -221,6 +225,16 @@ def dropout_acts(dropout: float, layers: int, stacklevel: int) -> None:
     if dropout and layers == 1:
         needs = "num_layers of at least 2: it acts between layers, so nothing will be dropped"
         text = f"dropout: got {dropout} with num_layers=1; needs {needs}"
+        warnings.warn(text, UserWarning, stacklevel + 1)
+
+
+def variational_acts(variational: bool, recurrent_dropout: float, stacklevel: int) -> None:
+    """Warns where there are no masks that could be the same for all steps, as `dropout_acts`."""
+    if variational and not recurrent_dropout:
+        needs = (
+            "recurrent_dropout above 0: it says how often that draws, so nothing will be dropped"
+        )
+        text = f"variational: got True with recurrent_dropout=0.0; needs {needs}"
         warnings.warn(text, UserWarning, stacklevel + 1)
 
 
@@ -350,7 +364,8 @@ def as_array(name: str, value: Any, dtype: np.dtype, *, detach: bool = False) ->
     if value.dtype is not dtype and value.dtype != dtype:
         needs = f"{dtype.name} numbers"
         if value.dtype.kind in "biuf":  # of others, objects may be no numbers, complex ones lose
-            needs = f"{dtype.name}: .astype(np.{dtype.name}) converts"
+            own = "bool" if dtype == BOOL else f"np.{dtype.name}"  # old NumPys have no np.bool
+            needs = f"{dtype.name}: .astype({own}) converts"
         fail(TypeError, name, describe(value), needs)
     return value
 
@@ -638,7 +653,9 @@ def alone(name: str, others: Mapping[str, Any]) -> None:
     """An argument that others, None where they are not given, cannot stand beside."""
     for other, value in others.items():
         if value is not None:
-            needs = "none of both: their layout is by steps and rows of x, and x has none"
+            needs = f"a padded x, with lengths instead of {name}: it lies by steps and rows of x"
+            if other in ("lengths", "mask"):
+                needs = f"one of both: {name} say how long the rows are"
             fail(ValueError, other, f"one beside {name}", needs)
 
 
@@ -657,7 +674,7 @@ def packed_rows(
     if x.ndim != 2 or x.shape[1] != columns:
         fail(ValueError, name, f"shape {x.shape}", f"[all steps, I] with I = {columns}")
     N = len(x)
-    needs = f"integers that ascend from 0 to {N}, the steps of x"
+    needs = f"B + 1 integers that ascend from 0 to {N}, the steps of x"
     if type(offsets) in (list, tuple):
         offsets = np.array(offsets, INTP if len(offsets) == 0 else None)
     own = raw_array("offsets", offsets, INTP, False, needs).copy()
@@ -666,6 +683,7 @@ def packed_rows(
     own = own.astype(INTP)
     lengths = np.diff(own)
     if len(own) == 0 or own[0] != 0 or own[-1] != N or (lengths < 0).any():
+        needs += "; of lengths: np.cumsum([0, *lengths])"
         fail(ValueError, "offsets", _some(map(str, own.tolist())), needs)
     return _rows(x), own[:-1].copy(), lengths
 
@@ -764,7 +782,8 @@ def pair_of_fractions(name: str, value: Any, pair: bool) -> tuple[float, float]:
     """Of a state h and, if there is one, c: a number in [0, 1] for each, or one for both."""
     if type(value) in (list, tuple):
         if not pair or len(value) != 2:
-            needs = "a number in [0, 1]" + ", or a pair of such, for h and c" * pair
+            also = ", or a pair of such, for h and c" if pair else ": the state is h alone"
+            needs = "a number in [0, 1]" + also
             fail(ValueError, name, describe(value), needs)
         first, second = value
         return fraction(f"{name}[0]", first), fraction(f"{name}[1]", second)

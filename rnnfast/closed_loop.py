@@ -83,7 +83,7 @@ class Loop:
             needs = f"an output of at most input_size, {I} numbers, which is the next input"
             checks.fail(ValueError, "head (weight)", f"one of {O} numbers", needs)
         array = checks.as_array("first", first, dtype)
-        B = self._batch("first", array.shape[:-1] if array.ndim else None, rows, f"B, {O}")
+        B = self._batch(array.shape, array.shape[:-1] if array.ndim else None, rows, f"B, {O}")
         if array.shape[-1] != O:
             checks.fail(ValueError, "first", f"shape {array.shape}", f"a last size of {O}, as o")
         checks.room("steps", max(T, 1) * B * (I + O), dtype.itemsize)
@@ -127,7 +127,7 @@ class Loop:
             needs = f"a table: one-hot inputs have at most {checks.MOST_ONE_HOT} numbers"
             checks.fail(ValueError, "table", "None", needs)
         tokens, shape = checks.tokens("first", first, V)
-        B = self._batch("first", shape, rows, "B")
+        B = self._batch(shape, shape, rows, "B")
         self.one_hot = self.table is None
         checks.room("steps", T * B * (1 + V * logits) + B * max(I, V), 8)
         self.x = new_array((1, B, 1 if self.one_hot else I), dtype)
@@ -142,16 +142,17 @@ class Loop:
             self.outputs = as_steps(self.logits, self.batch_first, self.unbatched)
             self.result = self.result, self.logits
 
-    def _batch(self, name: str, shape: tuple | None, rows: int | None, letters: str) -> int:
-        """Rows of the batch, by the first axes of `first`; () is a single row without its axis."""
-        self.unbatched = shape == ()
-        right = shape is not None and len(shape) <= 1 and rows in (None, *(shape or (1,)))
+    def _batch(self, shape: tuple, axes: tuple | None, rows: int | None, letters: str) -> int:
+        """Rows of the batch, by those axes of `first` that number rows; () is a single row without
+        its axis."""
+        self.unbatched = axes == ()
+        right = axes is not None and len(axes) <= 1 and rows in (None, *(axes or (1,)))
         if not right:
             needs = f"[{letters}]" if rows is None else f"[{letters}] with B = {rows}"
-            also = f" or without the B{' of 1' * (rows is None)}" if rows in (None, 1) else ""
-            got = "a single number" if shape is None else f"{len(shape)} axes of rows: {shape}"
-            checks.fail(ValueError, name, got, needs + also)
-        self.rows = 1 if self.unbatched else shape[0]
+            also = ", or without the B for a single row" if rows in (None, 1) else ""
+            needs += f"{also}: one step's input, and the state of those before as state="
+            checks.fail(ValueError, "first", f"shape {shape}", needs)
+        self.rows = 1 if self.unbatched else axes[0]
         return self.rows
 
     def _sequence(

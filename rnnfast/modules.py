@@ -26,7 +26,9 @@ class RNN(Recurrent):
 
     layer_norm: "gates" normalises W x and R h, each over its whole row, and gives each gains
     (`weight_norm_ih`, `weight_norm_hh`; one at first, and the biases, which are added after it,
-    zero; equations: `rnnfast.reference`); None: nothing is.
+    zero; equations: `rnnfast.reference`); None: nothing is. W x is seen by its direction then, not
+    by its size: of a single input (input_size=1) little but the sign is left. Not beside other
+    activations or a clip.
 
     Then merge: how both directions become one y, and so the x of the layer above: side by side
     ("concat"), or as their "sum", "mean" or product ("mul"), which have H numbers instead of 2 H
@@ -108,8 +110,8 @@ class LSTM(Recurrent):
     parameters (CIFG); gates i g o. forget_bias: what the biases of the forget gate sum up to at
     first, 1 to remember from the start, or None for random ones. layer_norm: "gates" normalises
     c, too, on its way into h, with gain and bias (`weight_norm_c`, `bias_norm_c`), and "gates+cell"
-    the c that goes on to the next step; neither with peephole or coupled. The states are a pair,
-    (h, c).
+    the c that goes on to the next step; neither beside peephole, coupled, other activations or
+    clips. The states are a pair, (h, c).
 
     activations: f of i, f and o, g of g, h of c, each as of `RNN`; clip: what f and g are taken of
     is held within -clip and clip; cell_clip: so is c, before o and h see it. They are as in ONNX,
@@ -193,8 +195,8 @@ class GRU(Recurrent):
 
     Arguments as of `RNN`, without nonlinearity; reset_after: the reset gate scales R h + b_hn
     (PyTorch's form), or, if False, h before the product (ONNX's default), then without layer_norm.
-    activations: f of r and z, g of n; clip: what they are taken of is held within -clip and clip;
-    as of `LSTM`. The states are one array.
+    layer_norm: "gates" or None; zoneout: one number, of h. activations: f of r and z, g of n; clip:
+    what they are taken of is held within -clip and clip; as of `LSTM`. The states are one array.
 
     >>> gru = GRU(3, 5, batch_first=True)
     >>> y, h_n = gru(np.zeros((2, 7, 3), np.float32))

@@ -109,6 +109,9 @@ class Recurrent(ClosedLoop):
         self._merge, self._drop_connect = arguments["merge"], arguments["drop_connect"]
         self._width = (1 if merged else D) * (P or H)  # of y
         self._read_regular()
+        if fill:  # as above
+            drops = arguments["recurrent_dropout"]
+            checks.variational_acts(arguments["variational"], drops, 3)
         # Together, because each attribute costs a small call a hundredth of its time. The last says
         # that a call is one layer's and nothing else.
         fixed = cell, self._pair, dtype, self._batch_first, I, H, P, L, D, self._width, learned
@@ -373,7 +376,7 @@ class Recurrent(ClosedLoop):
         or a list of such, of units whose states are given; offsets [B + 1], instead of lengths, for
         an x [all steps, I] in which the rows of the batch lie one after the other: row b is
         x[offsets[b] : offsets[b + 1]], and y likewise (a tape has room for T steps of each row,
-        all the same, as it has with lengths).
+        all the same, as it has with lengths); not beside lengths, mask, clamp or all_states.
 
         Returns y [T, B, D*H] ([T, B, H] of merged directions) in the layout of x, zero past a row's
         length and at missing steps (see padding), and the states after each row's last valid step,

@@ -642,7 +642,9 @@ def test_a_single_row_of_a_stream_comes_with_or_without_its_axis():
     with_axis, logits = stream.generate([3], 5, head, "argmax", logits=True)
     assert row.shape == (5,) and with_axis.shape == (5, 1) and logits.shape == (5, 1, V)
     assert row.tolist() == with_axis[:, 0].tolist()
-    with pytest.raises(ValueError, match=r"first: got .*; needs \[B\] with B = 1 or without the B"):
+    with pytest.raises(
+        ValueError, match=r"first: got .*; needs \[B\] with B = 1, or without the B"
+    ):
         stream.generate([3, 4], 5, head, "argmax")
     with pytest.raises(ValueError, match=r"first: got .*; needs \[B, 21\] with B = 3"):
         module.stream(3).generate(np.zeros(V, np.float32), 5, head)

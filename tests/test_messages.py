@@ -37,6 +37,15 @@ def test_dropout_in_a_single_layer_warns_at_the_callers_line(cls):
     assert warning.filename == __file__
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_masks_for_all_steps_that_nobody_draws_warn(cls):
+    with pytest.warns(
+        UserWarning, match="variational: got True with recurrent_dropout=0"
+    ) as caught:
+        cls(I, H, variational=True)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_dropout_that_acts_does_not_warn_nor_do_copies_and_files(tmp_path):
     with pytest.warns(UserWarning):
         single = rnnfast.LSTM(I, H, dropout=0.5)
@@ -44,6 +53,7 @@ def test_dropout_that_acts_does_not_warn_nor_do_copies_and_files(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rnnfast.LSTM(I, H, 2, dropout=0.5)
+        rnnfast.LSTM(I, H, variational=True, recurrent_dropout=0.5)
         rnnfast.LSTM(I, H)
         assert copy.deepcopy(single).dropout == 0.5
         assert rnnfast.load(tmp_path / "single.npz").dropout == 0.5

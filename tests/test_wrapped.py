@@ -596,7 +596,7 @@ NEEDS = "needs a dense torch.float64 tensor on the CPU, as of the module that is
         (X, {"clamp": [Clamp(X.float())]}, rf"clamp\[0\].values: got torch.float32 .*; {NEEDS}"),
         (X, {"clamp": Clamp(X[0, 0], [0])}, rf"clamp.values: got shape \({I},\); needs"),
         (X, {"all_states": 1}, "all_states: got 1; needs True or False"),
-        (X[0], {"offsets": [0, 9]}, "offsets: got 0, 9; needs integers"),
+        (X[0], {"offsets": [0, 9]}, r"offsets: got 0, 9; needs B \+ 1 integers"),
     ],
 )  # fmt: skip
 def test_bad_calls(x, call, match):

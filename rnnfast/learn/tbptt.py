@@ -52,7 +52,8 @@ def tbptt(
     number and its gradient by this y. Past a row's length y is zero, and its gradient is not read.
     update, if there is one, is called after each window, with no argument: the place of an
     optimiser, and of `zero_grad`. Parameters that it changes are those of all windows to come, also
-    of steps that are run again. need_dx: whether dx is wanted.
+    of steps that are run again. need_dx: whether dx is wanted; by
+    default it is not.
 
     Each window is one call of `forward_train`, with masks of its own where something is dropped.
     Learned initial states get gradients of the windows that begin with the sequence.
