@@ -120,14 +120,30 @@ def test_each_two_options(kind, a):
             compare(kind, option, other, stated=False)
 
 
-def test_frozen_layers_still_compute():
+def test_frozen_layers_are_refused():
+    """They would compute with parameters of which no optimiser's step is seen."""
     module = lstm()
-    x = random(T, B, I, grad=True)
-    want = gradients(module, x)
     module.layers.freeze()
-    for got, one in zip(flat(gradients(module, x)), flat(want), strict=True):
-        assert torch.equal(got, one)
+    with pytest.raises(ValueError, match="layers: got a frozen module; needs unfreeze"):
+        module(random(T, B, I))
     assert copy.deepcopy(module).layers.flat.flags.writeable
+    module.layers.unfreeze()
+    module(random(T, B, I))
+
+
+def test_a_module_that_is_wrapped_twice_has_the_same_parameters():
+    """So that what one changes between the other's forward and backward is seen."""
+    one = lstm()
+    two = Wrapped(one.layers)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert a is b
+    y, _ = two(random(T, B, I))
+    one(random(T, B, I))[0].sum().backward()
+    torch.optim.SGD(one.parameters(), lr=0.5).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    copied = copy.deepcopy(one)
+    assert Wrapped(copied.layers).weight_hh_l0 is copied.weight_hh_l0 is not one.weight_hh_l0
 
 
 def test_eval_drops_nothing_and_has_gradients():
@@ -376,6 +392,16 @@ def test_checkpointing_of_what_drops_nothing():
         assert torch.equal(got, one)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_of_what_drops_is_refused(use_reentrant):
+    module, x = lstm(recurrent_dropout=0.5), random(T, B, I, grad=True)
+    y, _ = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="no checkpointing of what drops"):
+        y.sum().backward()
+    y, _ = torch.utils.checkpoint.checkpoint(module.eval(), x, use_reentrant=use_reentrant)
+    y.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own look
 def test_compile_leaves_the_call_out():
     module = lstm(layer_norm="gates", bidirectional=True)
@@ -399,7 +425,10 @@ def test_autocast_is_answered_in_the_modules_dtype():
     want, _ = module(x.float(), h.float())
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = module(x, h)
+        clamp = rnnfast.Clamp(random(T, B, 1, dtype=torch.bfloat16), units=[2])
+        z, _ = module(x, h, clamp=clamp)
     assert torch.equal(y, want)
+    assert torch.equal(z[:, :, 2], clamp.values[:, :, 0].float())
     module = lstm()
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = module(x, (random(1, B, H), random(1, B, H)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from .. import checks
 from ..calls import Clamp, States
 from ..layer import TAPES
-from ..parameters import views_of
 from ..recurrent import Recurrent
 from .bridge import describe
 from .likeness import in_dtype
@@ -25,17 +25,26 @@ from .ops import _transformed
 # Private to PyTorch: whether the graph may be walked again. Without it, tapes live as long as what
 # was computed with them.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+# Likewise: which backward pass is under way, or -1. Without it, a call that checkpointing repeats
+# is not told from others.
+_backward_pass = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+# Of each module that is wrapped. A second wrapping has the same ones: PyTorch's watch for changes
+# is the Parameter's, not the memory's.
+_parameters_of: WeakKeyDictionary[Recurrent, dict[str, nn.Parameter]] = WeakKeyDictionary()
 
 
 class Wrapped(nn.Module):
     """An `rnnfast.RNN`, `LSTM` or `GRU` in a PyTorch model, whatever its options.
 
-    layers: the module, not frozen. Its parameters are this one's, by their names and in the same
-    memory: a step of an optimiser is seen by both, and so is `layers.flat -= ...`, though not by
-    PyTorch's watch for what changes between forward and backward. Parameters that are given other
-    memory (by `.data =`, `share_memory`, `functional_call`, a parametrisation, `assign=True`) are
-    right as well, at the price of a copy of the module in each call. Copies and files of this
-    module are as of any other. A single step is a call with T = 1.
+    layers: the module, not frozen, now and later. Its parameters are this one's, by their names and
+    in the same memory: a step of an optimiser is seen by both, and so is `layers.flat -= ...`,
+    though not by PyTorch's watch for what changes between forward and backward. Parameters that are
+    given other memory (by `.data =`, `.double().float()`, `share_memory`, `functional_call`, a
+    parametrisation, `assign=True`) are right as well, at the price of a copy of the module in each
+    call, but not seen by `layers`, which has its old ones then; in a deepcopy or what was pickled
+    they lie together again. Copies and files of this module are as of any other, but `state_dict`
+    has neither `layers.seed` nor `layers.dropout_calls`. A single step is a call with T = 1.
 
     tape: "full" or "light", as of `forward_train`. grad_clip, grad_clip_norm: `clip` and
     `clip_norm` of `backward`: what later steps send to the h of a step is held within -grad_clip
@@ -43,8 +52,9 @@ class Wrapped(nn.Module):
 
     In training mode all drops that `forward_train` drops, with gradients or without. The masks are
     those of `layers.seed` and `layers.dropout_calls`: PyTorch's seed has no part in them, and a
-    call that checkpointing computes again drops others. In eval mode nothing is dropped, and
-    gradients are those of that; but with zoneout, which is expected then, backward is refused.
+    call that checkpointing computes again would drop others: it is refused. In eval mode nothing is
+    dropped, and gradients are those of that; but with zoneout, which is expected then, backward is
+    refused.
 
     `layers.grads` are scratch: gradients are the parameters' own `.grad`. Second derivatives are
     not there, nor torch.func's transforms and forward derivatives; torch.compile runs a call
@@ -70,20 +80,28 @@ class Wrapped(nn.Module):
         super().__init__()
         if not isinstance(layers, Recurrent):
             checks.fail(TypeError, "layers", describe(layers), "an rnnfast.RNN, LSTM or GRU")
-        if not layers.flat.flags.writeable:
-            checks.fail(ValueError, "layers", "a frozen module", "unfreeze() first")
         self._layers = layers
+        self._refuse_frozen()
         self._tape = checks.choice("tape", tape, TAPES)
         limits = {"grad_clip": grad_clip, "grad_clip_norm": grad_clip_norm}
         checks.limits(*limits.values(), layers.dtype, tuple(limits))
         self._limits = limits
+        own = _parameters_of.get(layers, {})
         for name, view in layers.params.items():
-            self.register_parameter(name, nn.Parameter(torch.from_numpy(view)))
+            home, old = torch.from_numpy(view), own.get(name)
+            kept = old is not None and _place(old) == _place(home)
+            self.register_parameter(name, old if kept else nn.Parameter(home))
         self._note()
+
+    def _refuse_frozen(self) -> None:
+        """What is frozen computes with the parameters that it had, whatever becomes of them."""
+        if not self._layers.flat.flags.writeable:
+            checks.fail(ValueError, "layers", "a frozen module", "unfreeze() first")
 
     def _note(self) -> None:
         """Notes what every call needs to know of the module."""
         layers = self._layers
+        _parameters_of[layers] = {n: p for n, p in self._parameters.items() if p is not None}
         homes = {name: torch.from_numpy(view) for name, view in layers.params.items()}
         self._homes = {name: _place(tensor) for name, tensor in homes.items()}
         self._dtype = next(iter(homes.values())).dtype
@@ -143,6 +161,7 @@ class Wrapped(nn.Module):
         if _transformed() or torch.jit.is_tracing():
             got = "a call under torch.func, forward derivatives or torch.jit.trace"
             checks.fail(ValueError, "Wrapped", got, "plain autograd: the drop-in has more")
+        self._refuse_frozen()
         pair = type(state) in (tuple, list)
         given = state if pair else [] if state is None else [state]
         if torch.is_autocast_enabled("cpu"):
@@ -156,6 +175,8 @@ class Wrapped(nn.Module):
         for i, one in enumerate(clamps):
             value = one.values if type(one) is Clamp and isinstance(one.values, Tensor) else None
             if value is not None:
+                if torch.is_autocast_enabled("cpu"):
+                    (value,) = in_dtype(self._dtype, value)
                 name = f"clamp[{i}].values" if several else "clamp.values"
                 array = _array(self._checked(name, value))
                 one = Clamp(array, one.units, where=one.where, state=one.state, layer=one.layer)
@@ -171,6 +192,10 @@ class Wrapped(nn.Module):
         # A plain call is what eval mode computes, and training mode of what drops nothing; a tape
         # of what zoneout is expected to do is not there.
         drops = self.training and self._drops
+        if drops and _backward_pass() >= 0:
+            got = "a call that drops, made again within a backward pass"
+            needs = "no checkpointing of what drops: each call has masks of its own"
+            checks.fail(RuntimeError, "Wrapped", got, needs)
         train = drops or (keep and not self._expects)
         arrays = [_array(one) for one in states]
         asked: dict[str, Any] = dict(
@@ -179,7 +204,8 @@ class Wrapped(nn.Module):
             clamp=None if clamp is None else own if several else own[0],
         )  # fmt: skip
         if train:
-            made = layers.forward_train(tape=self._tape, drop=self.training, **asked)
+            kind = self._tape if keep else "light"  # which nobody will ask for
+            made = layers.forward_train(tape=kind, drop=self.training, **asked)
             y, last, tape, *steps = made
             if layers is not self._layers:
                 self._layers.dropout_calls = layers.dropout_calls
@@ -269,12 +295,16 @@ class _Graph(torch.autograd.Function):
                 call.tape, dy, dstate, need_dx=by_x, accumulate=False, dstates=dstates,
                 clip=clip, clip_norm=clip_norm,
             )  # fmt: skip
-            flat = layers.flat_grads.copy()
+            by_weights = needed[call.states + call.clamps :]
+            weights = [
+                gradient.copy() if need else None
+                for gradient, need in zip(layers.grads.values(), by_weights, strict=True)
+            ]
         if not _keeps_graph():
             ctx.call = None
         found = list(first if type(first) is tuple else (first,))[: call.states]
         found += extra[0].clamps if extra else ()
-        found += views_of(flat, layers._shapes).values()
+        found += weights
         return None, None, *(
             torch.from_numpy(gradient) if need else None
             for gradient, need in zip((dx, *found), (by_x, *needed), strict=True)
