@@ -30,6 +30,7 @@ from rnnfast.bench import (
     overhead,
     report,
     suite,
+    variants,
     worker,
 )
 from rnnfast.bench.libraries import BANDWIDTH, DROP_IN, OURS, PEAK, PEERS, library, machine, pytorch
@@ -824,6 +825,14 @@ def test_overhead_from_end_to_end(tmp_path, capfd):
     )
     table = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 1 + len(found["imports"]) + len(found["calls"])
+
+
+def test_variants_from_end_to_end(capfd):
+    clipped = "lstm-i3-h5-b2-t7-clip"
+    assert variants.main([clipped, "gru-i3-h5-b2-t7", "--rounds", "2", "--threads", "1"]) == 0
+    assert variants.main([clipped, "--mode", "inference", "--rounds", "2"]) == 0  # has none
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| lstm")]
+    assert [line.split()[1] for line in lines] == [TINY, clipped, TINY]
 
 
 def test_closed_loop_from_end_to_end(capfd):
