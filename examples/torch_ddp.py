@@ -132,7 +132,6 @@ def train(options: argparse.Namespace) -> None:
         # stood still where a rank had no batch.
         optimizer.load_state_dict(of_rank_0(optimizer.state_dict()))
         step = end
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -147,3 +146,6 @@ if __name__ == "__main__":
     help = "files to learn from, at least one for each rank"
     parser.add_argument("--text", type=Path, nargs="+", default=files, help=help)
     train(parser.parse_args())
+    # After `train`, so that its DDP is gone: as the group's last owner, PyTorch 2.13's would hold
+    # the interpreter's lock while it waits for gloo's threads, one of which may wait for that lock.
+    dist.destroy_process_group()

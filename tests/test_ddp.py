@@ -164,6 +164,7 @@ PROGRAM = """
             optimizer.step()
     found["uneven"] = values(model.named_parameters())
     torch.save(found, f"rank-{rank}.pt")
+    del parallel  # or the end may hang: see examples/torch_ddp.py
     dist.destroy_process_group()
 """
 
