@@ -1,7 +1,19 @@
 """Recurrent networks through time on CPUs, forward and backward, from NumPy arrays.
 
-Knows the public names, nothing else.
+- `RNN`, `LSTM`, `GRU`: layers over whole sequences; a call is inference, `forward_train` and
+  `backward` are training, `stream` takes a step at a time
+- `RNNCell`, `LSTMCell`, `GRUCell`: one step
+- `functional`: the same from arrays of weights, without modules
+- `learn`: losses, optimisers, batches, text and a trainer
+- `torch`: the same as PyTorch's modules; needs PyTorch
+- `load` and the modules' `save`; `load_torch`: weights that PyTorch saved
+- `reference`: every equation in plain NumPy
+- `set_num_threads`, `show_config`
+
+Knows the public names, nothing else. `learn`, `torch` and `reference` are imported when used.
 """
+
+from typing import Any as _Any
 
 try:
     from ._kernels import Pack as _Pack  # noqa: F401
@@ -25,6 +37,8 @@ from .streams import Stream
 
 __version__ = "0.1.0"
 
+_SUBMODULES = "learn", "reference", "torch"
+
 __all__ = [
     "GRU",
     "LSTM",
@@ -46,3 +60,17 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """Asked where a name is not there (yet): imports a submodule when it is first used."""
+    if name in _SUBMODULES:
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Without `torch`, so that help() asks for no PyTorch."""
+    return sorted({*globals(), "learn", "reference"})

@@ -86,6 +86,16 @@ class Clamp:
         self.state = checks.choice("state", state, ("h", "c"))
         self.layer = checks.integer("layer", layer, -(2**31), 2**31)
 
+    def __repr__(self) -> str:
+        more = {
+            "units": self.units,
+            "where": self.where,
+            "state": None if self.state == "h" else self.state,
+            "layer": self.layer or None,
+        }
+        shown = (f"{name}={value!r}" for name, value in more.items() if value is not None)
+        return f"Clamp({', '.join([repr(self.values), *shown])})"
+
 
 class States(NamedTuple):
     """States of all layers after each step: h [L, T, B, D*N], and c [L, T, B, D*H] or None.

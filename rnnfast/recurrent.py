@@ -178,7 +178,12 @@ class Recurrent(ClosedLoop):
         """Asked last: of a method's own attributes, only where `_build` did not run to its end."""
         if not self._built and name.startswith("_") and not name.endswith("_"):
             checks.fail(TypeError, "module", "one that was never built", "its class called")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        what = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name == "forward":
+            what += ": call the object itself, or its forward_train"
+        elif self._built and name in self._params:
+            what += f": that parameter is params[{name!r}]"
+        raise AttributeError(what, name=name, obj=self)
 
     def _by_layer(self, views: dict[str, np.ndarray]) -> tuple:
         """For each layer, for each direction, all of PARAMETERS, None for what is not there."""

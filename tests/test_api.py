@@ -295,6 +295,16 @@ def test_objects_that_were_never_filled_say_so():
             rnnfast.GRU.__new__(rnnfast.GRU).__setstate__(junk)
 
 
+def test_names_of_pytorch_lead_to_ours():
+    module = rnnfast.LSTM(I, H)
+    with pytest.raises(AttributeError, match="'forward': call the object itself"):
+        _ = module.forward
+    with pytest.raises(AttributeError, match=r"that parameter is params\['bias_hh_l0'\]"):
+        _ = module.bias_hh_l0
+    with pytest.raises(AttributeError, match=r"has no attribute 'bias_hh_l1'$"):
+        _ = module.bias_hh_l1
+
+
 def test_a_module_is_built_once():
     """Else a call under way would meet other sizes than it has checked."""
     module = rnnfast.LSTM(I, H, seed=1)

@@ -301,6 +301,13 @@ def test_the_gradient_by_one_number_is_one_number():
     assert gradient.shape == () and gradient > 0
 
 
+def test_a_clamp_shows_what_it_was_given():
+    assert repr(Clamp(0.5)) == "Clamp(0.5)"
+    shown = "Clamp([1.0, 2.0], units=[1, 4], state='c', layer=-1)"
+    assert repr(Clamp([1.0, 2.0], units=[1, 4], state="c", layer=-1)) == shown
+    assert repr(Clamp(0, where=np.array([True]))) == "Clamp(0, where=array([ True]))"
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_for_threads_and_tapes(cell, choose, monkeypatch):
     monkeypatch.setattr("rnnfast.layer.SLICE_BYTES", 1)

@@ -91,6 +91,19 @@ def test_import_takes_no_extra():
     assert roots - set(sys.stdlib_module_names) - {"numpy"} == {"rnnfast"}
 
 
+def test_submodules_come_when_they_are_used():
+    code = (
+        "import sys, rnnfast; assert 'rnnfast.learn' not in sys.modules; rnnfast.learn.Adam; "
+        "rnnfast.reference.sigmoid; assert {'learn', 'reference'} < set(dir(rnnfast)); "
+        "assert 'torch' not in sys.modules; rnnfast.nothing"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1] == (
+        "AttributeError: module 'rnnfast' has no attribute 'nothing'"
+    )
+
+
 def stub_names() -> dict[str, ast.stmt]:
     """Public names of the stub, to the statement that declares each."""
     names = {}

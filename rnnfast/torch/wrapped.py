@@ -29,6 +29,8 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 # is not told from others.
 _backward_pass = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
+_NUMPY = {torch.float32: "numpy.float32", torch.float64: "numpy.float64"}
+
 # Of each module that is wrapped. A second wrapping has the same ones: PyTorch's watch for changes
 # is the Parameter's, not the memory's.
 _parameters_of: WeakKeyDictionary[Recurrent, dict[str, nn.Parameter]] = WeakKeyDictionary()
@@ -225,6 +227,8 @@ class Wrapped(nn.Module):
         """A tensor that the module can read."""
         if not _lies(tensor, self._dtype):
             needs = f"a dense {self._dtype} tensor on the CPU, as of the module that is wrapped"
+            if name in self._homes and getattr(tensor, "dtype", None) in _NUMPY:
+                needs += f", or a module made with dtype={_NUMPY[tensor.dtype]} and wrapped anew"
             if type(tensor).__name__ == "PackedSequence":
                 needs = "the padded tensor, with its lengths as lengths="
             checks.fail(TypeError, name, describe(tensor), needs)
