@@ -15,6 +15,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +42,8 @@ STREAMS = ("lstm-i8-h16-b1-t100", "lstm-i64-h64-b1-t100")
 def import_seconds(times: int = IMPORTS) -> dict[str, list[float]]:
     """Seconds that `import numpy`, and `import rnnfast` after it, take in each of fresh processes.
 
-    Of compiled sources, as an installer leaves them: a process before these writes what is missing.
+    Of compiled sources, as an installer leaves them: a process before these writes them to a folder
+    that goes again.
 
     >>> sorted(import_seconds(1))
     ['numpy', 'rnnfast']
@@ -50,15 +52,17 @@ def import_seconds(times: int = IMPORTS) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in names}
     timed = "began = clock(); import {}; print(clock() - began)"
     code = "\n".join(["from time import perf_counter as clock", *map(timed.format, names)])
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    for i in range(1 + times):
-        command = [sys.executable, "-P", "-c", code]  # not what lies in this folder
-        run = subprocess.run(
-            command, env=environment, check=True, capture_output=True, encoding="utf-8"
-        )
-        if i:
-            for name, seconds in zip(names, run.stdout.split(), strict=True):
-                found[name].append(float(seconds))
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": folder}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        for i in range(1 + times):
+            command = [sys.executable, "-P", "-c", code]  # not what lies in this folder
+            run = subprocess.run(
+                command, env=environment, check=True, capture_output=True, encoding="utf-8"
+            )
+            if i:
+                for name, seconds in zip(names, run.stdout.split(), strict=True):
+                    found[name].append(float(seconds))
     return found
 
 

@@ -13,6 +13,7 @@
 Knows the public names, nothing else. `learn`, `torch` and `reference` are imported when used.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 try:
@@ -62,13 +63,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> _Any:
-    """Asked where a name is not there (yet): imports a submodule when it is first used."""
-    if name in _SUBMODULES:
-        from importlib import import_module
+if _TYPE_CHECKING:  # which else would take any name for one of ours
+    from . import learn as learn
+    from . import reference as reference
+    from . import torch as torch
+else:
 
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> _Any:
+        """Asked where a name is not there (yet): imports a submodule when it is first used."""
+        if name in _SUBMODULES:
+            from importlib import import_module
+
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

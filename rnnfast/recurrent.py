@@ -181,9 +181,9 @@ class Recurrent(ClosedLoop):
         what = f"{type(self).__name__!r} object has no attribute {name!r}"
         if name == "forward":
             what += ": call the object itself, or its forward_train"
-        elif self._built and name in self._params:
+        elif name in self.__dict__.get("_params", ()):
             what += f": that parameter is params[{name!r}]"
-        raise AttributeError(what, name=name, obj=self)
+        raise AttributeError(what)
 
     def _by_layer(self, views: dict[str, np.ndarray]) -> tuple:
         """For each layer, for each direction, all of PARAMETERS, None for what is not there."""

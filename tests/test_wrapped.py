@@ -641,6 +641,8 @@ def test_parameters_of_another_dtype_or_shape_are_named():
     match += "or a module made with dtype=numpy.float32 and wrapped anew"
     with pytest.raises(TypeError, match=match):
         module(X)
+    with pytest.raises(TypeError, match=r"tensor on the CPU, as of the module that is wrapped$"):
+        lstm().to("meta")(X)
     module.double()
     module(X)
     module.bias_ih_l0 = torch.nn.Parameter(X[0, 0])

@@ -227,8 +227,9 @@ class Wrapped(nn.Module):
         """A tensor that the module can read."""
         if not _lies(tensor, self._dtype):
             needs = f"a dense {self._dtype} tensor on the CPU, as of the module that is wrapped"
-            if name in self._homes and getattr(tensor, "dtype", None) in _NUMPY:
-                needs += f", or a module made with dtype={_NUMPY[tensor.dtype]} and wrapped anew"
+            dtype = getattr(tensor, "dtype", self._dtype)
+            if name in self._homes and dtype is not self._dtype and dtype in _NUMPY:
+                needs += f", or a module made with dtype={_NUMPY[dtype]} and wrapped anew"
             if type(tensor).__name__ == "PackedSequence":
                 needs = "the padded tensor, with its lengths as lengths="
             checks.fail(TypeError, name, describe(tensor), needs)
