@@ -175,7 +175,9 @@ class Recurrent(ClosedLoop):
         """Initial values of a class's own, after the random ones."""
 
     def __getattr__(self, name: str) -> Any:
-        """Asked last: of a method's own attributes, only where `_build` did not run to its end."""
+        """Asked last: of a method's own attributes, only where `_build` did not run to its end; of
+        others, where there is none, as of some that PyTorch's modules have.
+        """
         if not self._built and name.startswith("_") and not name.endswith("_"):
             checks.fail(TypeError, "module", "one that was never built", "its class called")
         what = f"{type(self).__name__!r} object has no attribute {name!r}"
